@@ -1,0 +1,97 @@
+"""The record of a run as CSV files that survive interruption."""
+
+import csv
+import io
+import os
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+CLOCKS = ("updates", "env_steps", "seconds")
+
+
+class RunLog(Logger):
+    """Writes `train.csv` and `eval.csv` (one file for each first word of the metrics' names), a row for each record.
+
+    Every row starts with the clocks `updates`, `env_steps` and `seconds`. When a run is resumed, rows that were written
+    after its checkpoint are dropped, so that the files read as if the run had never stopped.
+
+    Args:
+        folder: where the files are written.
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.folder = Path(folder)
+        self._headers: dict[Path, list[str]] = {}
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.folder)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """The run's configuration is stored beside the log, not in it."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        clocks = {name: metrics[name] for name in CLOCKS if name in metrics}
+        groups: dict[str, dict[str, float]] = {}
+        for name, value in metrics.items():
+            if name not in CLOCKS and "/" in name:
+                group, rest = name.split("/", 1)
+                groups.setdefault(group, dict(clocks))[rest] = value
+        for group, row in groups.items():
+            self._append(self.folder / f"{group}.csv", row)
+
+    @rank_zero_only
+    def rewind(self, updates: int) -> None:
+        """Drop every row after the given number of updates."""
+        for path in self.folder.glob("*.csv"):
+            header, rows = read_rows(path)
+            _write_whole(path, header, [row for row in rows if int(row["updates"]) <= updates])
+
+    def _append(self, path: Path, row: Mapping[str, float]) -> None:
+        header = self._headers.get(path)
+        if header is None or set(row) - set(header):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            known, rows = read_rows(path) if path.exists() else ([], [])
+            header = self._headers[path] = [*known, *(name for name in row if name not in known)]
+            _write_whole(path, header, [*rows, row])
+            return
+        line = io.StringIO()
+        csv.DictWriter(line, header).writerow(row)
+        with open(path, "a") as file:  # one write: a kill leaves at most one torn line at the end
+            file.write(line.getvalue())
+
+
+def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Header and rows of a CSV file, without a line that was torn by a kill."""
+    with open(path, newline="") as file:
+        text = file.read()
+    reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
+    rows = list(reader)
+    return list(reader.fieldnames or []), rows
+
+
+def _write_whole(path: Path, header: list[str], rows: list[Mapping[str, Any]]) -> None:
+    temporary = path.with_name(f".{path.name}.saving")
+    with open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, header, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

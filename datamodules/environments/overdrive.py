@@ -1,0 +1,186 @@
+"""A point that is slowed by pushing too hard: the smallest world in which offline learning needs to stay near its data.
+
+The state is a position x in [-1, 1]^2 and is observed whole. An action a in [-1, 1]^2 moves it by
+0.2 a (1 - 2 max(0, |a| - 0.5)): the speed grows linearly up to |a| = 0.5, falls beyond, and is negative from |a| = 1.
+Data whose actions stay within |a| <= 0.5 (`narrow`) do not show the turn-over; a policy that trusts its critic outside
+of them drives into it.
+
+Dimensions: n environments, m states.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import Bounded, Categorical, Composite, Unbounded
+
+from datamodules.environments.measured import MeasuredEnv
+from datamodules.evaluation import EvaluationTask
+from datamodules.transitions import TransitionDataset
+
+EPISODE_LENGTH = 50
+TURN_OVER = 0.5
+TOP_SPEED = 0.1
+GOALS = {
+    "top_right": (0.7, 0.7),
+    "top_left": (-0.7, 0.7),
+    "bottom_left": (-0.7, -0.7),
+    "bottom_right": (0.7, -0.7),
+    "centre": (0.0, 0.3),
+}
+WIDTH = 0.25
+TASKS = {name: f"exp(-((x - {x}) ** 2 + (y - {y}) ** 2) / {2 * WIDTH**2})" for name, (x, y) in GOALS.items()}
+
+
+def move(position: Tensor, action: Tensor) -> Tensor:
+    """The next positions [n, 2] from positions and actions [n, 2]."""
+    size = action.norm(dim=-1, keepdim=True)
+    return (position + 0.2 * action * (1 - 2 * (size - TURN_OVER).clamp_min(0))).clamp(-1, 1)
+
+
+class OverdriveEnv(MeasuredEnv):
+    """n points. Measurements: position `x`, `y` and `effort` = |a|, the size of the action that led here.
+
+    Args:
+        num_envs: n.
+        seed: of the starts, uniform in the square.
+    """
+
+    step_seconds = 0.05
+
+    def __init__(self, num_envs: int, seed: int = 0) -> None:
+        super().__init__(device="cpu", batch_size=[num_envs])
+        n = num_envs
+        self.declare_measurements({"x": 0, "y": 0, "effort": 0}, TASKS, "overdrive")
+        self.observation_spec = Composite(
+            observation=Unbounded((n, 2)),
+            physics=Unbounded((n, 2), dtype=torch.float64),
+            measurements=Unbounded((n, 3)),
+            shape=(n,),
+        )
+        self.action_spec = Bounded(-1.0, 1.0, (n, 2))
+        self.reward_spec = Unbounded((n, 1))
+        flag = Categorical(2, shape=(n, 1), dtype=torch.bool)
+        self.done_spec = Composite(done=flag, terminated=flag.clone(), truncated=flag.clone(), shape=(n,))
+        self._generator = torch.Generator().manual_seed(seed)
+        self._position = torch.zeros(n, 2)
+        self._steps = torch.zeros(n, 1, dtype=torch.int64)
+
+    def _set_seed(self, seed: int | None) -> None:
+        if seed is not None:
+            self._generator.manual_seed(seed)
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **_: object) -> TensorDictBase:
+        mask = None if tensordict is None else tensordict.get("_reset", None)
+        rows = torch.ones_like(self._steps, dtype=torch.bool) if mask is None else mask
+        start = 2 * torch.rand(self._position.shape, generator=self._generator) - 1
+        self._position = torch.where(rows, start, self._position)
+        self._steps = torch.where(rows, 0, self._steps)
+        return self._state(torch.zeros_like(self._position))
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        action = tensordict["action"].clamp(-1, 1)
+        self._position = move(self._position, action)
+        self._steps = self._steps + 1
+        state = self._state(action)
+        state["reward"] = torch.zeros(*self.batch_size, 1)  # reward-free: tasks are named at evaluation
+        return state
+
+    def _state(self, action: Tensor) -> TensorDict:
+        truncated = self._steps >= EPISODE_LENGTH
+        physics = self._position.double()
+        return TensorDict(
+            {
+                "observation": self._position,
+                "physics": physics,
+                "measurements": self.relabel(physics, action),
+                "done": truncated,
+                "terminated": torch.zeros_like(truncated),
+                "truncated": truncated.clone(),
+            },
+            batch_size=self.batch_size,
+        )
+
+    def relabel(self, physics: Tensor, action: Tensor) -> Tensor:
+        return torch.cat([physics.float(), action.norm(dim=-1, keepdim=True)], -1)
+
+    def set_physics(self, physics: Tensor | np.ndarray, rows: Sequence[int] | np.ndarray | None = None) -> None:
+        chosen = slice(None) if rows is None else torch.as_tensor(rows)
+        self._position, self._steps = self._position.clone(), self._steps.clone()
+        self._position[chosen] = torch.as_tensor(physics).float()
+        self._steps[chosen] = 0
+
+    def render(self, row: int, width: int, height: int) -> np.ndarray:
+        x = torch.linspace(-1, 1, width)
+        y = torch.linspace(1, -1, height)[:, None]
+        px, py = self._position[row]
+        blot = torch.exp(-((x - px) ** 2 + (y - py) ** 2) / 0.005)
+        return (255 * (1 - blot)).byte()[:, :, None].expand(-1, -1, 3).numpy()
+
+
+class OverdriveTask(EvaluationTask):
+    """Scores a policy beside the best possible one, and looks at its efforts."""
+
+    def metrics(self, result: TensorDictBase) -> dict[str, list[float]]:
+        """``score``: reward over that of going straight to the goal at top speed; ``in_range``: share of |a| <= 0.6.
+
+        Both are means over goals, one value for each start.
+        """
+        goals = torch.tensor([GOALS[name] for name in self.rewards], dtype=torch.float64)[:, None, None]
+        way = result["start"].unsqueeze(2) - goals
+        steps = torch.arange(1, EPISODE_LENGTH + 1)
+        distance = (way.norm(dim=-1) - TOP_SPEED * steps).clamp_min(0)
+        best = torch.exp(-distance.square() / (2 * WIDTH**2)).sum(-1)
+        effort = result["measurements"][..., 2]
+        return {
+            f"{self.name}/score": (result["return"].sum(0) / best.sum(0)).tolist(),
+            f"{self.name}/in_range": (effort <= 0.6).float().mean((0, 2)).tolist(),
+        }
+
+
+def overdrive_dataset(coverage: str, episodes: int = 1000, seed: int = 0) -> TransitionDataset:
+    """Episodes of random actions, uniform in the disc |a| <= 0.5 (`narrow`) or in the square (`full`).
+
+    Raises:
+        ValueError: `coverage` is neither.
+    """
+    if coverage not in ("narrow", "full"):
+        raise ValueError(f"Unknown coverage={coverage!r}: expected narrow or full.")
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    shape = (episodes, EPISODE_LENGTH)
+    if coverage == "full":
+        action = 2 * uniform(*shape, 2) - 1
+    else:
+        radius, angle = TURN_OVER * uniform(*shape, 1).sqrt(), 2 * math.pi * uniform(*shape, 1)
+        action = radius * torch.cat([angle.cos(), angle.sin()], -1)
+    positions = [2 * uniform(episodes, 2) - 1]
+    for step in range(EPISODE_LENGTH):
+        positions.append(move(positions[-1], action[:, step]))
+    observation, arrived = torch.stack(positions[:-1], 1), torch.stack(positions[1:], 1)
+    last = torch.zeros(*shape, 1, dtype=torch.bool)
+    last[:, -1] = True
+    data = TensorDict(
+        {
+            "observation": observation,
+            "action": action,
+            "next": {
+                "observation": arrived,
+                "physics": arrived.double(),
+                "reward": torch.zeros(*shape, 1),
+                "terminated": torch.zeros_like(last),
+                "truncated": last,
+                "done": last,
+            },
+            "episode": torch.arange(episodes)[:, None].expand(shape),
+            "source": torch.zeros(shape, dtype=torch.int64),
+        },
+        batch_size=shape,
+    )
+    return TransitionDataset(data.flatten(), {"domain": "overdrive", "coverage": coverage, "seed": seed})

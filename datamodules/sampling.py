@@ -1,0 +1,47 @@
+"""Batches drawn uniformly from transitions in memory, by a rule that needs no state to resume."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDict
+
+from components.distributed import rank
+
+
+@dataclass
+class UniformBatches:
+    """Yields stacks of batches, [updates_per_step, batch_size] transitions drawn uniformly with replacement.
+
+    The indices of update u are a function of (seed, rank, u) alone: a run that resumes at an update sees the very
+    batches that the uninterrupted run would have seen, and every process of a parallel run has a stream of its own.
+
+    Attributes:
+        data: transitions [n], on any device.
+        batch_size: transitions of this process in one update.
+        updates_per_step: batches in a stack.
+        start, stop: the updates to yield batches for, start <= u < stop.
+        seed: of the run.
+    """
+
+    data: TensorDict
+    batch_size: int
+    updates_per_step: int
+    start: int
+    stop: int
+    seed: int
+
+    def __len__(self) -> int:
+        return max(0, self.stop - self.start) // self.updates_per_step
+
+    def __iter__(self) -> Iterator[TensorDict]:
+        count, device = self.data.batch_size[0], self.data.device
+        shape = (self.updates_per_step, self.batch_size)
+        for update in range(self.start, self.stop, self.updates_per_step):
+            digest = hashlib.blake2b(f"{self.seed}/{rank()}/{update}".encode(), digest_size=7).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest))
+            index = torch.randint(count, shape, generator=generator)
+            if device is not None and device.type == "cuda":
+                index = index.pin_memory().to(device, non_blocking=True)
+            yield self.data[index]

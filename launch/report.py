@@ -1,0 +1,132 @@
+"""The report of an experiment: results.json, a table in report.md, and learning curves."""
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import json
+from omegaconf import DictConfig
+
+from launch.files import write_json, write_text
+
+REFERENCES = "references.json"
+
+
+def write_report(config: DictConfig, runs: Sequence[Any], folder: Path) -> None:
+    """Summarise the runs of an experiment in its folder.
+
+    A metric's mean, standard error and count are over seeds, each seed being the mean of its episodes; with one seed
+    they are over its episodes.
+    """
+    results = {run: json.loads(run.results.read_text()) for run in runs}
+    arms: dict[str, dict[str, dict[str, float]]] = {}
+    for arm in dict.fromkeys(run.arm for run in runs):
+        seeds = [results[run]["metrics"] for run in runs if run.arm == arm]
+        arms[arm] = {metric: _summary([seed[metric] for seed in seeds]) for metric in seeds[0]}
+    for path in sorted(folder.rglob(REFERENCES)):
+        for arm, metrics in json.loads(path.read_text()).items():
+            arms.setdefault(arm, {metric: _summary([values]) for metric, values in metrics.items()})
+    summary = {
+        "experiment": config.name,
+        "seeds": sorted({run.seed for run in runs}),
+        "seconds": round(sum(result["seconds"] for result in results.values()), 1),
+        "arms": arms,
+    }
+    write_json(folder / "results.json", summary)
+    curves = _plot_curves(config, runs, arms, folder)
+    write_text(folder / "report.md", _markdown(config, summary, runs, curves, folder))
+
+
+def _summary(seeds: Sequence[Sequence[float]]) -> dict[str, float]:
+    values = [sum(seed) / len(seed) for seed in seeds] if len(seeds) > 1 else list(seeds[0])
+    mean = sum(values) / len(values)
+    variance = sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
+    return {"mean": mean, "stderr": math.sqrt(variance / len(values)), "n": len(values)}
+
+
+def _markdown(
+    config: DictConfig, summary: Mapping[str, Any], runs: Sequence[Any], curves: str | None, folder: Path
+) -> str:
+    arms = summary["arms"]
+    metrics = list(dict.fromkeys(metric for arm in arms.values() for metric in arm))
+    several = len(summary["seeds"]) > 1
+    lines = [f"# {config.name}", "", config.summary, ""]
+    lines += [f"Seeds {summary['seeds']}; mean ± standard error over {'seeds' if several else 'episodes'}.", ""]
+    lines += [f"| | {' | '.join(arms)} |", f"|---|{'---:|' * len(arms)}"]
+    for metric in metrics:
+        cells = [_cell(arm.get(metric)) for arm in arms.values()]
+        lines.append(f"| {metric.removesuffix('/return')} | {' | '.join(cells)} |")
+    lines.append("")
+    for note in config.notes:
+        lines += [note, ""]
+    lines += [f"Training took {_times(runs)}.", ""]
+    if curves:
+        lines += [f"![learning curves]({curves})", ""]
+    for sheet in sorted(folder.rglob("contact_sheet.png")):
+        lines += [f"![films]({sheet.relative_to(folder)})", ""]
+    return "\n".join(lines)
+
+
+def _cell(value: Mapping[str, float] | None) -> str:
+    if value is None:
+        return "-"
+    digits = 0 if abs(value["mean"]) >= 100 else 1 if abs(value["mean"]) >= 10 else 2 if abs(value["mean"]) >= 1 else 3
+    if value["n"] == 1:
+        return f"{value['mean']:.{digits}f}"
+    return f"{value['mean']:.{digits}f} ± {value['stderr']:.{digits}f}"
+
+
+def _times(runs: Sequence[Any]) -> str:
+    parts = []
+    for run in runs:
+        result = json.loads(run.results.read_text())
+        parts.append(f"{result['seconds']:.0f} s for {result['updates']} updates ({run.arm}, seed {run.seed})")
+    return "; ".join(parts)
+
+
+def _plot_curves(
+    config: DictConfig, runs: Sequence[Any], arms: Mapping[str, Mapping[str, Any]], folder: Path
+) -> str | None:
+    """Every metric against updates, all arms and references in the same picture; None if nothing was evaluated."""
+    from matplotlib.figure import Figure
+
+    curves: dict[str, dict[str, list[tuple[list[int], list[float]]]]] = {}
+    for run in runs:
+        path = run.folder / "eval.csv"
+        if not path.exists():
+            continue
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        for metric in rows[0] if rows else ():
+            if metric in ("updates", "env_steps", "seconds"):
+                continue
+            points = [(int(row["updates"]), float(row[metric])) for row in rows if row[metric]]
+            curves.setdefault(metric, {}).setdefault(run.arm, []).append(tuple(map(list, zip(*points))))
+    if not curves:
+        return None
+    columns = min(4, len(curves))
+    rows_count = math.ceil(len(curves) / columns)
+    figure = Figure(figsize=(3.4 * columns, 2.7 * rows_count), layout="constrained")
+    axes = figure.subplots(rows_count, columns, squeeze=False).flatten()
+    trained = list(dict.fromkeys(run.arm for run in runs))
+    for axis, (metric, by_arm) in zip(axes, curves.items()):
+        for arm, lines in by_arm.items():
+            colour = f"C{trained.index(arm)}"
+            for index, (updates, values) in enumerate(lines):
+                axis.plot(updates, values, color=colour, marker=".", alpha=0.9, label=arm if index == 0 else None)
+        for index, (arm, metrics) in enumerate((a, m) for a, m in arms.items() if a not in trained and metric in m):
+            axis.axhline(metrics[metric]["mean"], color="0.4", linestyle=("--", ":", "-.")[index % 3], label=arm)
+        axis.set_title(metric.removesuffix("/return"), fontsize=9)
+        axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
+        axis.grid(alpha=0.3)
+        axis.tick_params(labelsize=7)
+    for axis in axes[len(curves) :]:
+        axis.set_axis_off()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
+    figure.supxlabel("updates", fontsize=9)
+    name = "learning_curves.png"
+    figure.savefig(folder / name, dpi=120)
+    return name

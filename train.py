@@ -1,0 +1,23 @@
+"""Train and evaluate an experiment: `python train.py experiment=NAME`; `--help` lists them."""
+
+import sys
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from launch.errors import run_reporting_errors
+from launch.experiments import experiment_list
+from launch.runs import run_folder
+from launch.study import run_study
+
+OmegaConf.register_new_resolver("experiment_list", experiment_list)
+OmegaConf.register_new_resolver("run_folder", run_folder)
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+def main(config: DictConfig) -> None:
+    run_study(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_reporting_errors(main))
