@@ -122,11 +122,11 @@ def _plot_curves(
         axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=7)
+        axis.set_xlabel("updates", fontsize=7)
     for axis in axes[len(curves) :]:
         axis.set_axis_off()
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
-    figure.supxlabel("updates", fontsize=9)
     name = "learning_curves.png"
     figure.savefig(folder / name, dpi=120)
     return name

@@ -1,8 +1,27 @@
-"""Environments and what they need; importing anything from here prepares MuJoCo for machines without a display."""
+"""Environments and what they need; importing anything from here readies MuJoCo for machines without a display."""
 
+import ctypes
+import importlib
 import os
 import sys
 
-# MuJoCo picks its graphics library when it is imported, and its default needs a display.
-if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-    os.environ.setdefault("MUJOCO_GL", "egl")
+
+def _choose_graphics() -> None:
+    """Lets MuJoCo render through EGL where there is no display, and not at all where there is no EGL.
+
+    MuJoCo's default needs a display, and dm_control prints warnings about its absence as soon as it is imported.
+    """
+    has_display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if sys.platform != "linux" or has_display or "MUJOCO_GL" in os.environ:
+        return
+    try:
+        ctypes.CDLL("libEGL.so.1")
+        os.environ["MUJOCO_GL"] = "egl"
+    except OSError:
+        os.environ["MUJOCO_GL"] = "off"
+    # MuJoCo picks its library when it is imported, and TorchRL imports it: let it pick again.
+    if "mujoco" in sys.modules:
+        importlib.reload(importlib.import_module("mujoco.rendering.classic.gl_context"))
+
+
+_choose_graphics()
