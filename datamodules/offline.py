@@ -59,9 +59,7 @@ class OfflineDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         if evaluate_every % updates_per_step:
-            raise ValueError(
-                f"evaluate_every={evaluate_every} is no multiple of updates_per_step={updates_per_step}."
-            )
+            raise ValueError(f"evaluate_every={evaluate_every} is no multiple of updates_per_step={updates_per_step}.")
         self._make_dataset = dataset
         self._make_env = environment
         self.protocols = {name: dict(protocol) for name, protocol in protocols.items()}

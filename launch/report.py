@@ -1,12 +1,12 @@
 """The report of an experiment: results.json, a table in report.md, and learning curves."""
 
 import csv
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import json
 from omegaconf import DictConfig
 
 from launch.files import write_json, write_text

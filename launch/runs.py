@@ -31,7 +31,9 @@ def resumed_folder(output_root: str, name: str, ckpt_path: str) -> Path:
         return runs[-1].parent.resolve()
     path = Path(ckpt_path).resolve()
     if not path.exists():
-        raise FileNotFoundError(f"ckpt_path={ckpt_path}: expected a run's folder or a checkpoint in one, found nothing.")
+        raise FileNotFoundError(
+            f"ckpt_path={ckpt_path}: expected a run's folder or a checkpoint in one, found nothing."
+        )
     for folder in (path, *path.parents):
         if (folder / RUN_FILE).is_file():
             return folder

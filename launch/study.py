@@ -1,17 +1,13 @@
 """Running an experiment: every arm with every seed, each a Lightning run of its own, then one report."""
 
-import json
 import os
-import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from logging import WARNING, getLogger
 from pathlib import Path
-from typing import Any
 
 import lightning as L
-import torch
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -19,7 +15,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from launch.checkpoints import LAST, load_checkpoint
-from launch.files import write_json
 from launch.report import write_report
 from launch.runs import RUN_FILE
 

@@ -56,7 +56,9 @@ class LearningMethod(L.LightningModule, ABC):
         self.updates = 0
         self.env_steps = 0
         self.seconds = 0.0
-        self.recipe: dict[str, Any] | None = None  # what the run was composed of: rebuilds the method without its folder
+        self.recipe: dict[str, Any] | None = (
+            None  # what the run was composed of: rebuilds the method without its folder
+        )
         self._optimizers: list[torch.optim.Optimizer] = []
         self._compiled_update: Any = None
         self._metric_names: list[str] = []

@@ -5,6 +5,10 @@ import importlib
 import os
 import sys
 
+# The order matters: dm_control loads the graphics library when it is imported, and where that is Mesa's EGL, loading
+# Triton's compiler afterwards, as tensordict and torchrl do, ends the process.
+import tensordict  # noqa: F401
+
 
 def _choose_graphics() -> None:
     """Lets MuJoCo render through EGL where there is no display, and not at all where there is no EGL.

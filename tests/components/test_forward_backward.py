@@ -81,7 +81,13 @@ def test_loss_within_groups_is_the_mean_of_the_groups_losses():
     for name in ("off_diagonal", "diagonal"):
         separate = [
             getattr(
-                fb_loss(forward[:, rows], backward[g, None], target_forward[:, rows], target_backward[g, None], discount[rows]),
+                fb_loss(
+                    forward[:, rows],
+                    backward[g, None],
+                    target_forward[:, rows],
+                    target_backward[g, None],
+                    discount[rows],
+                ),
                 name,
             )
             for g, rows in enumerate((slice(0, 3), slice(3, 6)))
@@ -254,7 +260,9 @@ def test_latent_sampler_mixes_prior_and_goals():
     encoded = backward.encode(goals)
 
     def share_of_goals(z):
-        return (torch.cdist(z, encoded, compute_mode="donot_use_mm_for_euclid_dist").min(1).values < 1e-4).float().mean()
+        return (
+            (torch.cdist(z, encoded, compute_mode="donot_use_mm_for_euclid_dist").min(1).values < 1e-4).float().mean()
+        )
 
     assert share_of_goals(MixedLatentSampler(0.0)(backward, goals, 1000)) == 0
     assert share_of_goals(MixedLatentSampler(1.0)(backward, goals, 1000)) == 1
@@ -300,9 +308,7 @@ def test_features_of_all_pairs_equal_features_one_by_one():
     directions = backward.directions(z)
     for g in range(2):
         for n in range(5):
-            parts = [
-                backward.block(k, states[n], directions[g, : 2 * k] if k else None) for k in range(4)
-            ]
+            parts = [backward.block(k, states[n], directions[g, : 2 * k] if k else None) for k in range(4)]
             torch.testing.assert_close(backward(states, z)[g, n], torch.cat(parts))
 
 

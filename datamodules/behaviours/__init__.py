@@ -1,0 +1,1 @@
+"""Scripted behaviours that make data sets."""

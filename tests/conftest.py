@@ -1,0 +1,80 @@
+"""What many tests need: small methods, their configuration, and programs run as a user runs them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from components.actor_objectives import AdvantageWeighted
+from components.forward_backward import BackwardMap, ForwardMap, ZConditionedActor
+from lightning_modules.forward_backward import ForwardBackward
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def small_agent() -> Callable[..., ForwardBackward]:
+    """Makes a small forward-backward agent; arguments override its settings."""
+
+    def make(observation_dim: int = 5, action_dim: int = 2, blocks: int = 1, hidden: int = 16, **settings: Any):
+        torch.manual_seed(0)
+        defaults = {
+            "features": 8,
+            "groups": 4,
+            "discount": 0.9,
+            "updates": 100,
+            "actor_objective": AdvantageWeighted(),
+            "forward_map": partial(ForwardMap, hidden_dim=hidden),
+            "backward_map": partial(BackwardMap, hidden_dim=hidden, blocks=blocks),
+            "actor": partial(ZConditionedActor, hidden_dim=hidden),
+        }
+        return ForwardBackward(observation_dim, action_dim, **{**defaults, **settings})
+
+    return make
+
+
+@pytest.fixture
+def transitions() -> Callable[..., TensorDict]:
+    """Makes random transitions [n] that all entries of a batch need."""
+
+    def make(n: int = 32, observation_dim: int = 5, action_dim: int = 2, seed: int = 0) -> TensorDict:
+        generator = torch.Generator().manual_seed(seed)
+        return TensorDict(
+            {
+                "observation": torch.randn(n, observation_dim, generator=generator),
+                "action": 2 * torch.rand(n, action_dim, generator=generator) - 1,
+                "next": {
+                    "observation": torch.randn(n, observation_dim, generator=generator),
+                    "reward": torch.randn(n, 1, generator=generator),
+                    "terminated": torch.rand(n, 1, generator=generator) < 0.1,
+                },
+            },
+            batch_size=[n],
+        )
+
+    return make
+
+
+@pytest.fixture
+def run_program() -> Callable[..., subprocess.CompletedProcess]:
+    """Runs a program of the project as a user would and returns what it printed and its exit code."""
+
+    def run(*arguments: str, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run

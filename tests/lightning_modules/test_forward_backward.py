@@ -1,0 +1,197 @@
+"""The order and reach of a forward-backward update, its limits, and its compiled form."""
+
+import copy
+
+import pytest
+import torch
+
+from components.actor_objectives import AdvantageWeighted, DeterministicPolicyGradient
+from components.forward_backward import fb_loss, orthonormality_loss, sample_sphere
+
+VARIANTS = {
+    "FB": {"actor_objective": DeterministicPolicyGradient()},
+    "FB-AW": {},
+    "FB-AR": {"actor_objective": DeterministicPolicyGradient(), "blocks": 4},
+    "FB-AWARE": {"blocks": 4},
+    "TD3+BC": {"actor_objective": DeterministicPolicyGradient(behaviour_cloning=1.0)},
+    "within groups": {"blocks": 2, "within_groups": True},
+    "value loss": {"blocks": 2, "value_weight": 0.1},
+    "value loss within groups": {"blocks": 2, "value_weight": 0.1, "within_groups": True},
+    "fresh actor z, normalised": {"blocks": 2, "fresh_actor_z": True, "normalise_observations": True},
+}
+
+
+def inputs(agent, batch):
+    z = agent.sample_z(batch["next", "observation"])
+    discount = 0.9 * (1 - batch["next", "terminated"].float())
+    return batch["observation"], batch["action"], batch["next", "observation"], discount, z, batch["action"].flip(0)
+
+
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())
+def test_update_changes_every_network_and_gives_finite_metrics(small_agent, transitions, settings):
+    agent = small_agent(**settings)
+    before = copy.deepcopy(agent.state_dict())
+    metrics = agent.update(transitions())
+    assert all(value.ndim == 0 and torch.isfinite(value) for value in metrics.values())
+    after = agent.state_dict()
+    # The last layers of F and the actor start at full scale, so everything but nothing-to-learn biases has moved.
+    for network in ("forward_map", "backward_map", "actor", "target_forward_map", "target_backward_map"):
+        changed = [not torch.equal(before[key], after[key]) for key in before if key.startswith(f"{network}.")]
+        assert sum(changed) > 0.7 * len(changed), network
+
+
+def test_representation_step_reaches_f_and_b_only(small_agent, transitions):
+    agent = small_agent(blocks=2)
+    z = sample_sphere((4, 8)).repeat_interleave(8, 0).requires_grad_()
+    observation, action, next_observation, discount, _, next_action = inputs(agent, transitions())
+    next_action = next_action.clone().requires_grad_()
+    loss, _ = agent.representation_loss(observation, action, next_observation, discount, z.detach(), next_action)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in agent.forward_map.parameters())
+    assert all(parameter.grad is not None for parameter in agent.backward_map.parameters())
+    for network in (agent.actor, agent.target_forward_map, agent.target_backward_map):
+        assert all(parameter.grad is None for parameter in network.parameters())
+    assert next_action.grad is None
+
+
+@pytest.mark.parametrize("objective", [AdvantageWeighted(), DeterministicPolicyGradient()])
+def test_actor_step_leaves_no_gradient_on_the_critic(small_agent, transitions, objective):
+    agent = small_agent(actor_objective=objective)
+    batch = transitions()
+    before = copy.deepcopy(agent.forward_map.state_dict())
+    loss, _ = agent.actor_loss(batch["observation"], batch["action"], agent.sample_z(batch["observation"]))
+    agent.minimise(loss, agent.actor_optimizer)
+    assert all(parameter.grad is None for parameter in agent.forward_map.parameters())
+    assert all(torch.equal(before[key], value) for key, value in agent.forward_map.state_dict().items())
+
+
+def test_one_block_loss_is_the_published_one(small_agent, transitions):
+    agent = small_agent(orthonormality=3.0, measure_pessimism=0.5)
+    observation, action, next_observation, discount, z, next_action = inputs(agent, transitions())
+    loss, metrics = agent.representation_loss(observation, action, next_observation, discount, z, next_action)
+    backward = agent.backward_map(next_observation)
+    parts = fb_loss(
+        agent.forward_map(observation, z, action),
+        backward,
+        agent.target_forward_map(next_observation, z, next_action),
+        agent.target_backward_map(next_observation),
+        discount,
+        pessimism=0.5,
+    )
+    torch.testing.assert_close(loss, parts.off_diagonal + parts.diagonal + 3 * orthonormality_loss(backward))
+    torch.testing.assert_close(metrics["orthonormality_loss"], orthonormality_loss(backward).detach())
+
+
+def test_conventions_of_orthonormality_differ_by_two(small_agent):
+    assert small_agent(orthonormality_convention="full").orthonormality == 2 * small_agent().orthonormality
+
+
+def test_grouped_loss_with_one_group_per_row_equals_a_double_loop(small_agent, transitions):
+    agent = small_agent(blocks=2, groups=8)
+    observation, action, next_observation, discount, z, next_action = inputs(agent, transitions(8))
+    _, metrics = agent.representation_loss(observation, action, next_observation, discount, z, next_action)
+    forward = agent.forward_map(observation, z, action)
+    target_forward = agent.target_forward_map(next_observation, z, next_action)
+    off = diagonal = torch.tensor(0.0)
+    for i in range(8):
+        backward = agent.backward_map(next_observation, z[i : i + 1])[0]
+        target_backward = agent.target_backward_map(next_observation, z[i : i + 1])[0]
+        for j in range(8):
+            value, target = forward[:, i] @ backward[j], (target_forward[:, i] @ target_backward[j]).mean()
+            if i == j:
+                diagonal = diagonal - value.sum() / 8
+            else:
+                off = off + 0.5 * (value - discount[i] * target).square().sum() / 56
+    torch.testing.assert_close(metrics["fb_off_diagonal"], off.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(metrics["fb_diagonal"], diagonal.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_one_group_equals_the_ordinary_loss_with_one_shared_z(small_agent, transitions):
+    agent = small_agent(blocks=2, groups=1)
+    rows = inputs(agent, transitions())
+    assert torch.equal(rows[4], rows[4][:1].expand(32, -1))
+    _, metrics = agent.representation_loss(*rows)
+    shared = agent.backward_map(rows[2], rows[4][:1])
+    parts = fb_loss(
+        agent.forward_map(rows[0], rows[4], rows[1]),
+        shared,
+        agent.target_forward_map(rows[2], rows[4], rows[5]),
+        agent.target_backward_map(rows[2], rows[4][:1]),
+        rows[3],
+    )
+    torch.testing.assert_close(metrics["fb_off_diagonal"], parts.off_diagonal.detach())
+
+
+def test_groups_must_divide_the_batch(small_agent, transitions):
+    with pytest.raises(ValueError, match="groups=5 does not divide the batch of 32"):
+        small_agent(blocks=2, groups=5).update(transitions())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"goal_key": "reward"}, {"orthonormality_convention": "third"}, {"normalise_z": "none"}, {"compile": "x"}],
+)
+def test_unknown_options_are_named(small_agent, settings):
+    ((name, value),) = settings.items()
+    with pytest.raises(ValueError, match=f"Unknown {name}='{value}'"):
+        small_agent(**settings)
+
+
+def test_best_of_many_samples_is_not_worse_than_the_mean_action(small_agent, transitions):
+    agent = small_agent(evaluation_samples=50)
+    batch, z = transitions(), sample_sphere((32, 8))
+    chosen = agent.act(batch["observation"], z)
+    agent.evaluation_samples = 1
+    mean = agent.act(batch["observation"], z)
+    values = [agent._critic(batch["observation"], z)(action).min(0).values.mean() for action in (chosen, mean)]
+    assert values[0] > values[1]
+
+
+def test_policy_reads_observation_and_z(small_agent, transitions):
+    agent = small_agent()
+    batch = transitions().select("observation").set("z", sample_sphere((32, 8)))
+    action = agent.policy()(batch.clone())["action"]
+    assert torch.equal(action, agent.actor(batch["observation"], batch["z"]))
+    assert not torch.equal(agent.policy(exploring=True)(batch.clone())["action"], action)
+
+
+def test_normaliser_standardises_by_the_data(small_agent, transitions):
+    agent = small_agent(normalise_observations=True)
+    batch = transitions(512)
+    batch["observation"] = 5 + 3 * batch["observation"]
+    batch["next", "observation"] = 5 + 3 * batch["next", "observation"]
+    for _ in range(400):
+        agent._update_normaliser(batch["observation"], batch["next", "observation"])
+    normalised = agent.normalise(batch["observation"])
+    assert normalised.mean().abs() < 0.1
+    assert (normalised.std() - 1).abs() < 0.1
+
+
+@pytest.mark.parametrize("settings", [VARIANTS["FB"], VARIANTS["FB-AWARE"]], ids=["FB", "FB-AWARE"])
+def test_compiled_updates_equal_eager_ones(small_agent, transitions, settings):
+    losses = []
+    for mode in (None, "default"):
+        agent = small_agent(compile=mode, **settings)
+        torch.manual_seed(1)
+        losses.append(
+            [
+                {name: value.clone() for name, value in agent.run_update(transitions(seed=seed)).items()}
+                for seed in range(20)
+            ]
+        )
+    for eager, compiled in zip(*losses):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_cuda_graph_updates_equal_eager_ones(small_agent, transitions):
+    weights = []
+    for mode in (None, "cudagraphs"):
+        agent = small_agent(compile=mode, blocks=4).cuda()
+        torch.manual_seed(1)
+        for seed in range(40):
+            metrics = agent.run_update(transitions(seed=seed).cuda())
+        assert all(torch.isfinite(value) for value in metrics.values())
+        weights.append(torch.cat([parameter.flatten() for parameter in agent.parameters()]))
+    assert weights[0].shape == weights[1].shape
+    assert (weights[0] - weights[1]).abs().max() < 0.05  # other random numbers, the same learning rate and count
