@@ -5,7 +5,7 @@ import sys
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from launch.errors import run_reporting_errors
+from launch.errors import errors_past_hydra, run_reporting_errors
 from launch.experiments import experiment_list
 from launch.runs import run_folder
 from launch.study import run_study
@@ -16,7 +16,8 @@ OmegaConf.register_new_resolver("run_folder", run_folder)
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(config: DictConfig) -> None:
-    run_study(config)
+    with errors_past_hydra():
+        run_study(config)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 
 
 class Checkpoint(L.Callback):
     """Keeps the newest checkpoint of a run in `folder/last.ckpt`.
 
     One is taken every `every` updates, and after every evaluation rather than just before it, so that a resumed run
-    never repeats one. A run whose metrics are no longer finite is stopped before it can overwrite the last good state.
+    never repeats one. A run whose metrics or weights are no longer finite is stopped before it can overwrite the last
+    good state. When a run goes on from a checkpoint, loggers that can are told to drop what came after it.
 
     Args:
         folder: where checkpoints are written.
@@ -20,6 +22,11 @@ class Checkpoint(L.Callback):
     def __init__(self, folder: str, every: int) -> None:
         self.path = Path(folder) / "last.ckpt"
         self.every = every
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        for logger in trainer.loggers:
+            if hasattr(logger, "rewind"):
+                logger.rewind(module.updates)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -33,4 +40,11 @@ class Checkpoint(L.Callback):
 
     def _save(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         module.training_metrics()  # raises if they are not finite
+        norms = torch.stack(torch._foreach_norm(list(module.parameters())))
+        if not norms.isfinite().all():
+            name = [name for name, _ in module.named_parameters()][int(norms.isfinite().int().argmin())]
+            raise ValueError(
+                f"{name} is not finite after {module.updates} updates: expected finite weights; the last checkpoint "
+                "was taken before and is intact."
+            )
         trainer.save_checkpoint(self.path)

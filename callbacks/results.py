@@ -1,5 +1,6 @@
 """What an evaluated run leaves behind: its scores, and films of it."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,10 @@ from launch.files import write_json
 class Results(L.Callback):
     """Writes the final evaluation to `folder/results.json`: every metric's values, one for each episode.
 
-    The file marks a run as finished. Reference scores that the datamodule knows (a random policy, the best episode of
-    its data) are measured beside the first run that is given `references=True`.
+    The file marks a run as finished.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._metrics: dict[str, list[float]] = {}
 
@@ -43,6 +43,50 @@ class Results(L.Callback):
         write_json(self.folder / "results.json", results)
 
 
+class RewardCurves(L.Callback):
+    """Draws the reward of every task over its episodes, mean and range, in `folder/rewards.png`."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._curves: dict[str, torch.Tensor] = {}
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        for index, reward in enumerate(batch.rewards):
+            self._curves[f"{batch.name}/{reward}"] = outputs["reward"][index]
+
+    @rank_zero_only
+    def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        from matplotlib.figure import Figure
+
+        columns = min(4, len(self._curves))
+        rows = math.ceil(len(self._curves) / columns)
+        figure = Figure(figsize=(3.2 * columns, 2.4 * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).flatten()
+        for axis, (name, reward) in zip(axes, self._curves.items()):
+            steps = range(1, reward.shape[1] + 1)
+            axis.fill_between(steps, reward.min(0).values, reward.max(0).values, alpha=0.25, linewidth=0)
+            axis.plot(steps, reward.mean(0))
+            axis.set_title(f"{name}: {reward.sum(-1).mean():.0f}", fontsize=9)
+            axis.set_xlabel("step", fontsize=7)
+            axis.tick_params(labelsize=7)
+            axis.grid(alpha=0.3)
+        for axis in axes[len(self._curves) :]:
+            axis.set_axis_off()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(self.folder / "rewards.png", dpi=110)
+
+
+FRAMES_PER_SECOND = 20
+
+
 class Films(L.Callback):
     """Films the first episode of every reward, and shows moments of all of them on one contact sheet.
 
@@ -56,11 +100,12 @@ class Films(L.Callback):
         moments: pictures of each episode on the contact sheet.
     """
 
-    def __init__(self, folder: str, seconds: float = 10.0, size: int = 320, moments: int = 8) -> None:
+    def __init__(self, folder: str | Path, seconds: float = 10.0, size: int = 320, moments: int = 8) -> None:
         self.folder = Path(folder)
         self.seconds = seconds
         self.size = size
         self.moments = moments
+        self._can_film = True
         self._strips: dict[str, list[Any]] = {}
 
     @rank_zero_only
@@ -73,27 +118,22 @@ class Films(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if "physics" not in outputs.keys():
-            return
-        renderer = batch.renderer(self.size)
-        if renderer is None:
-            return
-        with renderer:
+        camera = batch.camera(self.size) if self._can_film else None
+        self._can_film = camera is not None  # a machine that can't is asked, and reports it, once
+        if camera is not None:
             for index, reward in enumerate(batch.rewards):
-                self._film(renderer, f"{batch.name}_{reward}", outputs["physics"][index])
+                self._film(camera, f"{batch.name}_{reward}", outputs["physics"][index])
 
-    def _film(self, renderer: Any, name: str, physics: torch.Tensor) -> None:
+    def _film(self, camera: Any, name: str, physics: torch.Tensor) -> None:
         import imageio.v2 as imageio
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        stride = max(1, round(renderer.steps_per_second / 20))
-        steps = min(len(physics) - 1, int(self.seconds * renderer.steps_per_second))
-        shown = range(0, steps + 1, stride)
-        frames = {step: renderer.frame(physics[step]) for step in shown}
-        rate = renderer.steps_per_second / stride
-        imageio.mimwrite(self.folder / f"{name}.mp4", list(frames.values()), fps=rate, macro_block_size=16)
-        times = torch.linspace(0, len(physics) - 1, self.moments).round().long().tolist()
-        self._strips[name] = [frames[t] if t in frames else renderer.frame(physics[t]) for t in times]
+        stride = max(1, round(camera.steps_per_second / FRAMES_PER_SECOND))
+        steps = min(len(physics) - 1, int(self.seconds * camera.steps_per_second))
+        frames = [camera(physics[step]) for step in range(0, steps + 1, stride)]
+        imageio.mimwrite(self.folder / f"{name}.mp4", frames, fps=camera.steps_per_second / stride)
+        moments = torch.linspace(0, len(physics) - 1, self.moments).round().long()
+        self._strips[name] = [camera(physics[moment]) for moment in moments]
 
     @rank_zero_only
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:

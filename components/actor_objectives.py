@@ -6,8 +6,8 @@ Every objective is called as `objective(policy, action, critic)`:
 * action: the data's own actions, [N, A];
 * critic: function from actions [N, A] or [S, N, A] to the ensemble's values [P, N] or [P, S, N] at the batch's states;
 
-and returns `(loss, metrics)`, the loss a scalar whose gradient is meant for the policy alone, the metrics scalars without
-gradient. With several processes each has its own rows; weights and scales are those of the whole batch.
+and returns `(loss, metrics)`, the loss a scalar whose gradient is meant for the policy alone, the metrics scalars
+without gradient. With several processes each has its own rows; weights and scales are those of the whole batch.
 """
 
 from collections.abc import Callable
@@ -59,11 +59,11 @@ class AdvantageWeighted:
     """Regression on the data's actions with weights that grow with their advantage (AWAC, arXiv 2006.09359; MOOD,
     arXiv 2403.13097; FB-AW, arXiv 2412.04368).
 
-    The loss is - sum_i w_i mean_j log pi(a_ij | s_i). The advantage is the plain ensemble mean at the data's action less
-    the pessimistic value of the policy, averaged over samples. No action that is absent from the data is ever a target.
+    The loss is - sum_i w_i mean_j log pi(a_ij | s_i). The advantage is the plain ensemble mean at the data's action
+    less the pessimistic value of the policy, averaged over samples. No action absent from the data is ever a target.
 
     Args:
-        temperature: divides the advantage; large values give behaviour cloning, small ones the best action of the batch.
+        temperature: divides the advantage; large values clone the behaviour, small ones the batch's best action.
         weighting: ``softmax`` or ``iwis``, see `components.weighting.advantage_weights`.
         renormalise: see there.
         value_samples: policy samples for the value of a state.

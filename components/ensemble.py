@@ -1,7 +1,7 @@
 """Ensembles of networks evaluated as batched matrix products.
 
-Dimensions: P ensemble members, N batch, `in`/`out` features. Every layer maps [P, N, in] -> [P, N, out]; an input without
-the leading ensemble dimension, [N, in], is shared by all members.
+Dimensions: P ensemble members, N batch, `in`/`out` features. Every layer maps [P, N, in] -> [P, N, out]; an input
+without the leading ensemble dimension, [N, in], is shared by all members.
 """
 
 import math
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def orthogonal_(weight: Tensor, gain: float = 1.0) -> Tensor:
-    """Fill `weight` in place with (semi-)orthogonal matrices, one for each leading index; last two dims are the matrix."""
+    """Fill `weight` [..., rows, columns] in place with (semi-)orthogonal matrices of the given gain."""
     with torch.no_grad():
         for matrix in weight.reshape(-1, *weight.shape[-2:]):
             nn.init.orthogonal_(matrix, gain)

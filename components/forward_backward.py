@@ -1,7 +1,7 @@
 """Forward-backward representations of the successor measure, and their auto-regressive extension.
 
-Model (Touati and Ollivier, arXiv 2103.07945): M^{pi_z}(s, a, ds') = F(s, a, z)^T B(s') rho(ds'), rho the distribution of
-next states in the data. Then Q_r = F^T E_rho[r B], and z_r = E_rho[r B] indexes the optimal policy of reward r.
+Model (Touati and Ollivier, arXiv 2103.07945): M^{pi_z}(s, a, ds') = F(s, a, z)^T B(s') rho(ds'), rho the distribution
+of next states in the data. Then Q_r = F^T E_rho[r B], and z_r = E_rho[r B] indexes the optimal policy of reward r.
 Auto-regressive features B(s, z) (Cetin, Touati and Ollivier, arXiv 2412.04368): block k of B depends on z_1 .. z_{k-1}
 only, so z = E_rho[r B(., z)] is solved exactly by one sweep over the blocks, and the map r -> z is no longer linear.
 
@@ -83,7 +83,7 @@ class ForwardMap(nn.Module):
         )
 
     def forward(self, observation: Tensor, z: Tensor, action: Tensor) -> Tensor:
-        """F for [N, O], [N, d] and actions [N, A] -> [P, N, d], or S actions for each state, [S, N, A] -> [P, S, N, d]."""
+        """F [P, N, d] for [N, O], [N, d] and actions [N, A]; [P, S, N, d] for S actions at each state, [S, N, A]."""
         samples = action.shape[:-2]
         rows = observation.expand(*samples, *observation.shape)
         embedded_action = self.embed_action(torch.cat([rows, action], -1).flatten(0, -2))
@@ -97,9 +97,9 @@ class ForwardMap(nn.Module):
 class BackwardMap(nn.Module):
     """B(s, z) = (B_1(s), B_2(s, z_1), ..., B_K(s, z_1 .. z_{K-1})), every block on the sphere of radius sqrt(d_k).
 
-    One block (the default) is the ordinary backward map B(s). Blocks see the *directions* of the earlier blocks of z, so
-    that the features, and hence the solution of z = E[r B(., z)], do not depend on the scale of the reward; each block is
-    normalised on its own, since a norm over all blocks would make the first depend on z.
+    One block (the default) is the ordinary backward map B(s). Blocks see the *directions* of the earlier blocks of z,
+    so that the features, and hence the solution of z = E[r B(., z)], do not depend on the scale of the reward; each
+    block is normalised on its own, since a norm over all blocks would make the first depend on z.
     """
 
     def __init__(self, observation_dim: int, features: int, hidden_dim: int = 256, blocks: int = 1) -> None:
@@ -156,7 +156,7 @@ class BackwardMap(nn.Module):
         return torch.cat(outputs, -1)
 
     def encode(self, goal: Tensor) -> Tensor:
-        """The task vector of reaching each goal [N, O], block after block: z_1 = B_1(g), z_2 = B_2(g, z_1), ... [N, d]."""
+        """Task vectors [N, d] of reaching goals [N, O], block after block: z_1 = B_1(g), z_2 = B_2(g, z_1), ..."""
         z = self.block(0, goal)
         for k in range(1, len(self.blocks)):
             z = torch.cat([z, self.block(k, goal, z)], -1)
@@ -243,7 +243,7 @@ def fb_loss(
     """Squared Bellman residual of the successor measure density, up to a constant (arXiv 2103.07945, appendix A).
 
     L_off = 1/2 sum_p mean_{i != j} (M_pij - c_i Mbar_ij)^2 and L_diag = - sum_p mean_i M_pii, where row i is
-    (s_i, a_i, z_i) and column j the next state s'_j. Leaving the diagonal out of the square keeps the estimate unbiased.
+    (s_i, a_i, z_i) and column j the next state s'_j. Leaving the diagonal out of the square keeps it unbiased.
 
     Args:
         forward: F(s, a, z), [P, N, d].
@@ -256,44 +256,76 @@ def fb_loss(
         within_groups: the columns of group g are its own rows only, C = N/G: fewer pairs, more variance.
     """
     rows, columns = forward.shape[1], backward.shape[1]
+    groups = backward.shape[0]
     assert discount.shape == (rows, 1), "a [N] discount would broadcast over columns"
 
-    def pairs(measure: Tensor) -> Tensor:  # [..., G, N/G, C] -> squares of pairs whose diagonal is the true successor
-        return measure if within_groups else measure.flatten(-3, -2)
-
-    def diagonal(measure: Tensor) -> Tensor:
-        return measure.diagonal(row_offset, -2, -1)[..., : measure.shape[-2]]
+    def own(features: Tensor) -> Tensor:
+        """Each row's own column, [G, C, d] -> [N, d]."""
+        if within_groups:
+            return features.flatten(0, 1)
+        ours = features[:, row_offset : row_offset + rows].unflatten(1, (groups, -1))
+        return ours.diagonal(dim1=0, dim2=1).movedim(-1, 0).flatten(0, 1)
 
     # Densities reach hundreds and are squared: too much for half precision.
     with torch.autocast(forward.device.type, enabled=False):
-        forward, backward = forward.float(), backward.float()
-        with torch.no_grad():
-            if pessimism == 0:  # the mean over members commutes with the product: one matrix instead of P
-                target_forward = target_forward.mean(0, keepdim=True)
-            target = pessimistic_mean(successor_density(target_forward.float(), target_backward.float()), pessimism)
-            target = pairs(target * discount.unflatten(0, (backward.shape[0], -1)))
-        measure = pairs(successor_density(forward, backward))
-        residual = measure - target
-        # The sum over all pairs less that over the diagonal: no mask and no gather.
-        squared = residual.square().sum() - diagonal(residual).square().sum()
+        forward, backward = _at_least_single(forward), _at_least_single(backward)
+        target_forward = _at_least_single(target_forward.detach())
+        target_backward = _at_least_single(target_backward.detach())
+        diagonal = (forward * own(backward)).sum(-1)
+        if pessimism == 0:
+            # The target is bilinear too, so all sums over pairs are inner products of d x d matrices:
+            # sum_ij (F_i . B_j)^2 = <F^T F, B^T B>. Nothing of size N x N is formed.
+            target_forward = discount * target_forward.mean(0)
+            target_diagonal = (target_forward * own(target_backward)).sum(-1)
+            squared = (
+                _sum_of_products(forward, forward, backward, backward)
+                - 2 * _sum_of_products(forward, target_forward, backward, target_backward)
+                + forward.shape[0]
+                * _sum_of_products(target_forward[None], target_forward, target_backward, target_backward)
+            )
+        else:
+            with torch.no_grad():
+                target = pessimistic_mean(successor_density(target_forward, target_backward), pessimism)
+                target = target * discount.unflatten(0, (groups, -1))
+                measured = target if within_groups else target.flatten(0, 1)
+                target_diagonal = measured.diagonal(row_offset, -2, -1)[..., : measured.shape[-2]].flatten()
+            squared = (successor_density(forward, backward) - target).square().sum()
+        squared = squared - (diagonal - target_diagonal).square().sum()
         return FBLoss(
             off_diagonal=0.5 * squared / (rows * (columns - 1)),
-            diagonal=-diagonal(measure).sum() / rows,
-            measure_mean=measure.detach().mean(),
+            diagonal=-diagonal.sum() / rows,
+            measure_mean=(forward.detach().mean(0).unflatten(0, (groups, -1)).mean(1) * backward.detach().mean(1))
+            .sum(-1)
+            .mean(),
         )
+
+
+def _at_least_single(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _sum_of_products(left: Tensor, right: Tensor, left_columns: Tensor, right_columns: Tensor) -> Tensor:
+    """sum_{p, i, j} (L_pi . U_gj) (R_pi . V_gj) with g the group of row i, for L [P, N, d], R [P, N, d] or [N, d],
+    U and V [G, C, d]; computed as sum_g <L_g^T R_g, U_g^T V_g>.
+    """
+    groups = left_columns.shape[0]
+    if right.dim() == 2:
+        left, right = left.sum(0, keepdim=True), right[None]
+    left, right = left.unflatten(1, (groups, -1)), right.unflatten(1, (groups, -1))
+    rows = torch.matmul(left.mT, right).sum(0)
+    return (rows * torch.matmul(left_columns.mT, right_columns)).sum()
 
 
 def orthonormality_loss(backward: Tensor) -> Tensor:
     """1/2 mean_{i != j} (B_i . B_j)^2 - mean_i |B_i|^2 for features [..., N, d], averaged over leading dimensions.
 
     Its minimum over features with E[B B^T] = I and |B|^2 = d is -d/2. The convention of arXiv 2209.14935's code is
-    exactly twice this.
+    exactly twice this. The sum over pairs is the squared norm of the d x d matrix B^T B.
     """
     count = backward.shape[-2]
-    gram = backward @ backward.mT
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    squared = gram.square().sum((-2, -1)) - diagonal.square().sum(-1)
-    return (0.5 * squared / (count * (count - 1)) - diagonal.mean(-1)).mean()
+    norms = backward.square().sum(-1)
+    squared = (backward.mT @ backward).square().sum((-2, -1)) - norms.square().sum(-1)
+    return (0.5 * squared / (count * (count - 1)) - norms.mean(-1)).mean()
 
 
 def implicit_reward(backward: Tensor, own: Tensor, z: Tensor) -> Tensor:

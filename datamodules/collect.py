@@ -47,12 +47,15 @@ class Shard:
         policy: a TensorDictModule, or any function that writes `action` into the TensorDict it is given.
         steps: environment steps of every row.
         source: int64 [rows], which behaviour drives each row.
+        keep: takes the collected TensorDict [rows, steps] and returns a bool mask [rows, steps] of the transitions to
+            keep; None keeps all.
     """
 
     env: EnvBase
     policy: Callable[[TensorDictBase], TensorDictBase]
     steps: int
     source: Tensor
+    keep: Callable[[TensorDictBase], Tensor] | None = None
 
 
 def dataset_folder(root: str | Path, name: str, recipe: Mapping[str, Any]) -> Path:
@@ -67,7 +70,6 @@ def collect_dataset(
     make_shard: Callable[[int, int], Shard],
     *,
     expected_seconds: float,
-    keep: Callable[[TensorDictBase], Tensor] | None = None,
 ) -> TransitionDataset:
     """Load the data set of a recipe, collecting first what is missing of it.
 
@@ -82,12 +84,10 @@ def collect_dataset(
         root: where data sets are stored.
         name: name of the data set, e.g. "humanoid-balance".
         recipe: everything that decides what the data are, as JSON: `domain`, `seed`, `shards` (how many) and whatever
-            parameters `make_shard` and `keep` depend on. It becomes part of the folder's name and of the manifest.
+            parameters `make_shard` depends on. It becomes part of the folder's name and of the manifest.
         make_shard: called with the shard's number and a seed derived from it; must depend on nothing else. The
             environment's seed and PyTorch's global random state are set for it, and restored afterwards.
         expected_seconds: how long the whole collection should take, for the line printed before it starts.
-        keep: takes the collected TensorDict [rows, steps] and returns a bool mask [rows, steps] of the transitions to
-            keep; None keeps all.
 
     Raises:
         ValueError: the recipe lacks a key; a shard has a wrong shape, numbers that are not finite, or keeps nothing;
@@ -102,7 +102,7 @@ def collect_dataset(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _lock(folder.with_name(f".{folder.name}.lock"), folder):
             if not folder.exists():
-                _collect(folder, partial, recipe, make_shard, expected_seconds, keep)
+                _collect(folder, partial, recipe, make_shard, expected_seconds)
             shutil.rmtree(partial, ignore_errors=True)
     return _load(folder, recipe)
 
@@ -113,7 +113,6 @@ def _collect(
     recipe: Mapping[str, Any],
     make_shard: Callable[[int, int], Shard],
     expected_seconds: float,
-    keep: Callable[[TensorDictBase], Tensor] | None,
 ) -> None:
     partial.mkdir(exist_ok=True)
     for leftover in [*partial.glob(".*.saving-*"), *folder.parent.glob(f".{folder.name}.saving-*")]:
@@ -135,7 +134,7 @@ def _collect(
                 shard = make_shard(number, seed)
                 shard.env.set_seed(seed)
                 collected = _run(shard, progress)
-            data = _transitions(collected, shard.source, keep, f"Shard {number} of {folder.name}")
+            data = _transitions(collected, shard, f"Shard {number} of {folder.name}")
             manifest = {"domain": recipe["domain"], "made_by": "collect", "recipe": recipe, "versions": _versions()}
             TransitionDataset(data, manifest).save(shards[number])
     parts = [_load(shard, recipe) for shard in shards]
@@ -182,11 +181,11 @@ def _run(shard: Shard, progress: _Progress) -> TensorDict:
 
 
 def _transitions(
-    collected: TensorDictBase, source: Tensor, keep: Callable[[TensorDictBase], Tensor] | None, what: str
+    collected: TensorDictBase, shard: Shard, what: str
 ) -> TensorDict:
     """Flatten [rows, steps] to the kept transitions [n], row after row, and number their episodes."""
     rows, steps = collected.batch_size
-    kept = torch.ones(rows, steps, dtype=torch.bool) if keep is None else keep(collected)
+    kept = torch.ones(rows, steps, dtype=torch.bool) if shard.keep is None else shard.keep(collected)
     if kept.dtype != torch.bool or kept.shape != (rows, steps):
         raise ValueError(f"{what}: expected a bool mask [{rows}, {steps}], found {kept.dtype} {list(kept.shape)}.")
     if not kept.any():
@@ -210,7 +209,7 @@ def _transitions(
                 "done": (terminated | truncated)[kept][:, None],
             },
             "episode": first[kept].cumsum(0) - 1,
-            "source": source.to("cpu", torch.int64)[:, None].expand(rows, steps)[kept],
+            "source": shard.source.to("cpu", torch.int64)[:, None].expand(rows, steps)[kept],
         },
         batch_size=[int(kept.sum())],
     )

@@ -62,8 +62,8 @@ class EvaluationTask:
             context: [T], what the policy is told of each reward; None for a policy that ignores the task.
 
         Returns:
-            TensorDict [T] with ``return`` [T, E], ``reward`` [T, E, L], ``measurements`` [T, E, L, M] on arrival, ``start``
-            [T, E, P], and ``physics`` [T, L + 1, P], the states of the first episode of each reward.
+            TensorDict [T] with ``return`` [T, E], ``reward`` [T, E, L], ``measurements`` [T, E, L, M] on arrival,
+            ``start`` [T, E, P], and ``physics`` [T, L + 1, P], the states of the first episode of each reward.
         """
         tasks, episodes = len(self.rewards), self.episodes
         env = self._make_env(tasks * episodes)

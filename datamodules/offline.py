@@ -26,8 +26,8 @@ class OfflineDataModule(L.LightningDataModule):
     Args:
         dataset: makes or loads the data set when training or evaluation needs it.
         environment: makes an environment, called with `num_envs`, `seed` and a protocol's `start`.
-        protocols: name -> `{"rewards": [names] or {name: expression}, "start": ...}`; what to evaluate on. Other entries
-            of a protocol are arguments of the environment too.
+        protocols: name -> `{"rewards": [names] or {name: expression}, "start": ...}`; what to evaluate on. Other
+            entries of a protocol are arguments of the environment too.
         batch_size: transitions in an update, over all processes.
         updates_per_step: updates in one Lightning step.
         evaluate_every: updates between evaluations.
@@ -106,7 +106,8 @@ class OfflineDataModule(L.LightningDataModule):
                 )
 
     def train_dataloader(self) -> UniformBatches:
-        assert self.dataset is not None and self.trainer is not None
+        assert self.dataset is not None
+        assert self.trainer is not None
         module = self.trainer.lightning_module
         if self._train_data is None:
             keys = ("observation", "action", ("next", "observation"), ("next", "terminated"), ("next", "reward"))
@@ -139,6 +140,20 @@ class OfflineDataModule(L.LightningDataModule):
 
     # -- tasks --------------------------------------------------------------------------------------------------------
 
+    def choose_tasks(self, protocol: str | None = None, reward: str | None = None) -> None:
+        """Evaluate on one protocol only (all if None), and on one reward expression instead of the named tasks.
+
+        Raises:
+            ValueError: there is no such protocol, or the expression does not make sense.
+        """
+        if protocol is not None:
+            if protocol not in self.protocols:
+                raise ValueError(f"Unknown protocol={protocol}: expected one of {', '.join(self.protocols)}.")
+            self.protocols = {protocol: self.protocols[protocol]}
+        if reward is not None:
+            self._reference_env.rewards(torch.zeros(1, self._reference_env.measurement_size), [reward])
+            self.protocols = {name: {**own, "rewards": {"reward": reward}} for name, own in self.protocols.items()}
+
     def evaluation_tasks(self, episodes: int) -> list[EvaluationTask]:
         """One task for each protocol."""
         return [self._task(name, protocol, episodes) for name, protocol in self.protocols.items()]
@@ -169,8 +184,7 @@ class OfflineDataModule(L.LightningDataModule):
         env = self._reference_env
         parts = []
         for chunk in rows.split(_CHUNK):
-            measurements = env.relabel(chunk["next", "physics"], chunk["action"])
-            parts.append(env.rewards(measurements, expressions))
+            parts.append(env.rewards(env.measure(chunk), expressions))
         return torch.cat(parts)
 
     def references(self) -> dict[str, dict[str, list[float]]]:

@@ -4,14 +4,48 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
-from omegaconf.errors import OmegaConfBaseException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
-from launch.experiments import experiment_names
+from launch.experiments import experiment_names, known_keys
 
 TRACEBACK = "TENFOLD_TRACEBACK"
+RESOLVING = re.compile(r"\w+ raised while resolving interpolation: ")
+
+
+class Stopped(BaseException):
+    """The user or the machine ended the program; says how to go on, and the exit code.
+
+    Not an `Exception`: nothing between a study and the command line may take it for an error and carry on.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class _Escaped(BaseException):
+    """Carries an error past Hydra, which would print a line of its own about it."""
+
+
+@contextmanager
+def errors_past_hydra() -> Iterator[None]:
+    """Let errors reach `run_reporting_errors` as they are."""
+    try:
+        yield
+    except Exception as error:
+        raise _Escaped from error
 
 
 def run_reporting_errors(main: Callable[[], None]) -> int:
@@ -22,12 +56,18 @@ def run_reporting_errors(main: Callable[[], None]) -> int:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach this function instead of being printed by Hydra
     try:
         main()
-    except Exception as error:
-        if os.environ.get(TRACEBACK):
-            raise
-        report = _report(error)
+    except Stopped as stop:
+        rank_zero_only(print)(stop, file=sys.stderr)
+        return stop.code
+    except KeyboardInterrupt:
+        rank_zero_only(print)("Interrupted.", file=sys.stderr)
+        return 130
+    except (Exception, _Escaped) as raised:
+        error = raised.__cause__ if isinstance(raised, _Escaped) else raised
+        assert isinstance(error, Exception)
+        report = None if os.environ.get(TRACEBACK) else _report(error)
         if report is None:
-            raise
+            raise error from None
         code, sentence = report
         print(f"{sentence} ({TRACEBACK}=1 shows where.)", file=sys.stderr)
         return code
@@ -41,28 +81,54 @@ def _report(error: BaseException) -> tuple[int, str] | None:
         report = _report(error.__cause__)
         if report is not None:
             return report
-        if isinstance(error.__cause__, TypeError):  # an argument that the class does not have, or lacks
+        if isinstance(error.__cause__, TypeError | MisconfigurationException):  # an argument that does not fit
             return 2, f"{found.group(1) if found else 'The configuration'}: {_one_line(error.__cause__)}."
         return None
+    if isinstance(error, OmegaConfBaseException) and (found := RESOLVING.match(str(error))):
+        return 1, f"{_one_line(error)[found.end() :]}."
+    if isinstance(error, OverrideParseException):
+        return (
+            2,
+            f"Can't read {error.override}: expected key=value, quoted as 'key=\"value\"' if it has special characters.",
+        )
+    if isinstance(error, MissingMandatoryValue | InterpolationToMissingValueError) and not _given_experiment():
+        names = ", ".join(experiment_names())
+        return 2, f"Which experiment? Add experiment=NAME, NAME one of {names}; --help describes them."
     if isinstance(error, MissingConfigException):
         missing = str(error.missing_cfg_file)
         if missing.startswith("experiment/"):
             name, names = missing.removeprefix("experiment/"), experiment_names()
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            return 2, f"Unknown experiment={name}: expected one of {', '.join(names)}.{hint}"
+            return 2, f"Unknown experiment={name}: expected one of {', '.join(names)}.{_hint(name, names)}"
         options = f": expected one of {', '.join(error.options)}" if error.options else ""
         return 2, f"Unknown option {missing}{options}."
     if isinstance(error, ConfigCompositionException):
+        unknown = re.search(r"Could not override '([^']+)'", str(error))
+        if unknown:
+            key = unknown.group(1)
+            return (
+                2,
+                f"Unknown key {key}: expected one of the configuration.{_hint(key, known_keys(_given_experiment()))}",
+            )
         cause = f": {_one_line(error.__cause__)}" if error.__cause__ is not None else ""
         return 2, f"{_one_line(error)}{cause}."
     if isinstance(error, HydraException | OmegaConfBaseException):
         return 2, f"{_one_line(error)}."
     if isinstance(error, ValueError | FileNotFoundError):
-        return 1, _one_line(error)
+        return 1, f"{_one_line(error)}."
     return None
+
+
+def _given_experiment() -> str | None:
+    """The experiment named on the command line."""
+    given = [argument.split("=", 1)[1] for argument in sys.argv[1:] if argument.startswith("experiment=")]
+    return given[-1] if given else None
+
+
+def _hint(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f" Did you mean {close[0]}?" if close else ""
 
 
 def _one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") + ("." if isinstance(error, ValueError | FileNotFoundError) else "")
+    return lines[0].rstrip(".!") if lines else type(error).__name__

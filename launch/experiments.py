@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -23,3 +24,19 @@ def experiment_list() -> str:
         config = OmegaConf.load(CONFIGS / "experiment" / f"{name}.yaml")
         lines.append(f"  {name:<{width}}  {config.summary} [{config.duration}]")
     return "\n".join(lines)
+
+
+def known_keys(experiment: str | None) -> list[str]:
+    """Every key of an experiment's configuration, or of the bare one, in dotted form."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose("train", [f"experiment={experiment}"] if experiment in experiment_names() else [])
+    return _dotted(config)
+
+
+def _dotted(config: DictConfig, prefix: str = "") -> list[str]:
+    keys = []
+    for name in config:
+        key = f"{prefix}{name}"
+        child = config._get_node(name)
+        keys += [key, *(_dotted(child, f"{key}.") if isinstance(child, DictConfig) and not child._is_none() else [])]
+    return keys

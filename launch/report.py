@@ -39,6 +39,16 @@ def write_report(config: DictConfig, runs: Sequence[Any], folder: Path) -> None:
     write_text(folder / "report.md", _markdown(config, summary, runs, curves, folder))
 
 
+def metrics_table(path: Path) -> str:
+    """The metrics of one evaluated run (its results.json) as a table."""
+    metrics = json.loads(path.read_text())["metrics"]
+    lines = ["| metric | mean | episodes |", "|---|---:|---:|"]
+    for name, values in metrics.items():
+        summary = _summary([values])
+        lines.append(f"| {name} | {_cell(summary)} | {summary['n']} |")
+    return "\n".join(lines)
+
+
 def _summary(seeds: Sequence[Sequence[float]]) -> dict[str, float]:
     values = [sum(seed) / len(seed) for seed in seeds] if len(seeds) > 1 else list(seeds[0])
     mean = sum(values) / len(values)

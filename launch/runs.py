@@ -1,7 +1,6 @@
 """Where runs live, and how the one to resume is found."""
 
-import os
-import time
+from datetime import datetime
 from pathlib import Path
 
 RUN_FILE = "run.yaml"
@@ -15,8 +14,8 @@ def run_folder(output_root: str, name: str, ckpt_path: str | None) -> str:
         FileNotFoundError: `ckpt_path` names no run.
     """
     if ckpt_path is None:
-        stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-        return str(Path(output_root) / name / f"{stamp}_{os.getpid()}")
+        stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")  # fine enough that no two runs share a folder
+        return str(Path(output_root) / name / stamp)
     return str(resumed_folder(output_root, name, ckpt_path))
 
 

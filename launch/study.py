@@ -1,8 +1,10 @@
 """Running an experiment: every arm with every seed, each a Lightning run of its own, then one report."""
 
+import json
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from logging import WARNING, getLogger
 from pathlib import Path
@@ -12,13 +14,15 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from omegaconf import DictConfig, OmegaConf, read_write
 
 from launch.checkpoints import LAST, load_checkpoint
+from launch.errors import Stopped
+from launch.files import write_text
 from launch.report import write_report
 from launch.runs import RUN_FILE
-
-NOT_REMEMBERED = ("ckpt_path=", "experiment=")
+from launch.values import check_values
 
 
 @dataclass(frozen=True)
@@ -46,20 +50,42 @@ def run_study(config: DictConfig) -> None:
     """
     quieten()
     folder = Path(HydraConfig.get().runtime.output_dir)
-    overrides = _overrides(folder, list(HydraConfig.get().overrides.task))
+    with read_write(HydraConfig.get().run) as where:
+        # Lightning starts the other processes of a parallel run with this folder; resolved again it would be a new one.
+        where.dir = str(folder)
+    try:
+        _run_study(folder, _overrides(folder, list(HydraConfig.get().overrides.task)))
+    finally:
+        with suppress(OSError):  # a study that could not even begin leaves no folder behind
+            folder.rmdir()
+
+
+def _run_study(folder: Path, overrides: list[str]) -> None:
     config = compose("train", overrides)
     runs = list(_runs(config, folder))
-    pending = [run for run in runs if not run.results.exists()]
     started_from = _checkpoint_argument(config, runs)
+    configs = {run: run_config(run, overrides) for run in runs}
+    for run in runs:
+        check_values(configs[run])
+    pending = [run for run in runs if not _finished(run, configs[run])]
     announce(config, runs, pending, folder)
-    for run in pending:
-        execute(run, overrides, started_from if started_from and run.folder in started_from.parents else run.checkpoint)
+    try:
+        for run in pending:
+            own = started_from is not None and run.folder in started_from.parents
+            parts = build(run, configs[run], started_from if own else run.checkpoint)
+            _remember(folder, overrides)  # now that they are known to make sense
+            train(*parts)
+            del parts  # or its data would stay in memory while the next are built
+    except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns Ctrl-C into the latter
+        message = f"Stopped. Go on with: python train.py experiment={config.name} ckpt_path={folder}"
+        raise Stopped(message, 143 if isinstance(stop, SIGTERMException) else 130) from None
     _finish(config, runs, folder)
 
 
-def execute(run: Run, overrides: list[str], checkpoint: Path) -> None:
-    """Train and evaluate one arm with one seed, from its checkpoint if there is one."""
-    config = run_config(run, overrides)
+def build(
+    run: Run, config: DictConfig, checkpoint: Path
+) -> tuple[L.Trainer, L.LightningModule, L.LightningDataModule, Path | None]:
+    """The parts of one arm with one seed, and its checkpoint if there is one."""
     L.seed_everything(config.seed, workers=True, verbose=False)
     datamodule = instantiate(config.datamodule)
     module = instantiate(config.module, **datamodule.spec)
@@ -69,19 +95,35 @@ def execute(run: Run, overrides: list[str], checkpoint: Path) -> None:
         "module": OmegaConf.to_container(config.module, resolve=True),
         "datamodule": OmegaConf.to_container(config.datamodule, resolve=True),
     }
+    resume = checkpoint if checkpoint.exists() else None
+    if resume is not None:
+        _say(f"{run.arm}, seed {run.seed}: resuming after {_check(resume, module)} updates.")
     loggers = [instantiate(logger) for logger in config.logger.values()]
     callbacks = [instantiate(callback) for callback in config.callbacks.values() if callback is not None]
     trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers, default_root_dir=str(run.folder))
-    resume = None
-    if checkpoint.exists():
-        resume = str(checkpoint)
-        updates = load_checkpoint(checkpoint).get("learning_method", {}).get("updates", 0)
-        _say(f"{run.arm}, seed {run.seed}: resuming after {updates} updates.")
-        for logger in loggers:
-            if hasattr(logger, "rewind"):
-                logger.rewind(updates)
+    return trainer, module, datamodule, resume
+
+
+def train(
+    trainer: L.Trainer, module: L.LightningModule, datamodule: L.LightningDataModule, resume: Path | None
+) -> None:
+    """Train and evaluate one arm with one seed."""
     trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
     trainer.test(module, datamodule=datamodule, verbose=False)
+
+
+def _check(checkpoint: Path, module: L.LightningModule) -> int:
+    """The updates after which a checkpoint was taken; it is checked before anything is written.
+
+    Raises:
+        ValueError: the module can't go on from it; names the file.
+    """
+    saved = load_checkpoint(checkpoint)
+    try:
+        module.check_checkpoint(saved)
+    except ValueError as error:
+        raise ValueError(f"ckpt_path={checkpoint}: {error}") from error
+    return saved["learning_method"]["updates"]
 
 
 def run_config(run: Run, overrides: list[str]) -> DictConfig:
@@ -110,16 +152,29 @@ def _say(text: str) -> None:
 def _overrides(folder: Path, given: list[str]) -> list[str]:
     """The overrides of the run: what it was started with, then what it is resumed with."""
     path = folder / RUN_FILE
-    remembered: list[str] = []
-    if path.exists():
-        remembered = list(OmegaConf.load(path).overrides)
-        given = [override for override in given if not override.startswith("experiment=")]
-    overrides = [*remembered, *given]
-    if rank_zero_only.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        kept = [override for override in overrides if not override.startswith("ckpt_path=")]
-        OmegaConf.save({"overrides": kept}, path)
+    remembered: list[str] = list(OmegaConf.load(path).overrides) if path.exists() else []
+    began, asked = ([o for o in part if _key(o) == "experiment"][-1:] for part in (remembered, given))
+    if began and asked and began != asked:
+        raise ValueError(f"ckpt_path: expected a run of {asked[0]}, found one of {began[0]} in {folder}.")
+    # The same override given again replaces its former value: a deletion or an addition can't be made twice.
+    keys = {_key(override) for override in given}
+    overrides = [*(override for override in remembered if _key(override) not in keys), *given]
     return overrides
+
+
+@rank_zero_only
+def _remember(folder: Path, overrides: list[str]) -> None:
+    kept = [override for override in overrides if _key(override) != "ckpt_path"]
+    write_text(folder / RUN_FILE, OmegaConf.to_yaml(OmegaConf.create({"overrides": kept})))
+
+
+def _key(override: str) -> str:
+    return override.split("=", 1)[0].lstrip("+~")
+
+
+def _finished(run: Run, config: DictConfig) -> bool:
+    """Whether the run has its results, and they are of as many updates as are asked for now."""
+    return run.results.exists() and json.loads(run.results.read_text())["updates"] >= config.module.updates
 
 
 def _runs(config: DictConfig, folder: Path) -> Iterator[Run]:

@@ -21,8 +21,8 @@ COMPILE_MODES = (None, "default", "cudagraphs")
 class LearningMethod(L.LightningModule, ABC):
     """A method is `update(batch) -> TensorDict of scalar metrics`; this class runs it inside Lightning.
 
-    A training step receives `updates_per_step` batches stacked along the first dimension and makes one update with each,
-    so that the loop's cost is paid once per step. The counters `updates` and `env_steps` are the method's only clock:
+    A training step receives `updates_per_step` batches stacked along the first dimension and makes one update with
+    each, so that the loop's cost is paid once per step. The counters `updates` and `env_steps` are the method's only clock:
     Lightning's own loop counters are neither used nor saved.
 
     Subclasses create their optimisers in `__init__` and register them with `register_optimizer`, so that `update` also
@@ -65,7 +65,7 @@ class LearningMethod(L.LightningModule, ABC):
         self._metric_sum: Tensor | None = None
         self._metric_count = 0
         self._clock: float | None = None
-        self._random_states: list[dict[str, Any]] | None = None
+        self._process_states: list[dict[str, Any]] | None = None
 
     # -- the learning rule ----------------------------------------------------------------------------------------
 
@@ -146,9 +146,15 @@ class LearningMethod(L.LightningModule, ABC):
             torch.manual_seed(0)
             return self.evaluate(task)
 
+    def on_validation_epoch_start(self) -> None:
+        self._evaluated: dict[str, float] = {}
+
     def validation_step(self, task: Any, batch_idx: int) -> None:
         metrics = task.metrics(self._evaluate(task))
-        self.record({f"eval/{name}": sum(values) / len(values) for name, values in metrics.items()})
+        self._evaluated.update({f"eval/{name}": sum(values) / len(values) for name, values in metrics.items()})
+
+    def on_validation_epoch_end(self) -> None:
+        self.record(self._evaluated)
 
     def test_step(self, task: Any, batch_idx: int) -> Any:
         return self._evaluate(task)
@@ -157,11 +163,12 @@ class LearningMethod(L.LightningModule, ABC):
         """Mean metrics since the last record: the one place where training waits for the device.
 
         Raises:
-            ValueError: if one is not finite.
+            ValueError: if one is not finite, in any process.
         """
         if self._metric_sum is None:
             return {}
         mean = self._metric_sum / self._metric_count
+        average_([mean])
         metrics = dict(zip(self._metric_names, mean.tolist()))
         for name, value in metrics.items():
             if not np.isfinite(value):
@@ -192,22 +199,23 @@ class LearningMethod(L.LightningModule, ABC):
         if world_size() > 1:
             for tensor in self.state_dict().values():
                 torch.distributed.broadcast(tensor, src=0)
-        states = self._random_states
-        if states is None or len(states) != world_size():
+        states = self._process_states
+        if states is not None and len(states) == world_size():
+            set_random_state(states[rank()]["random"])
+            self._metric_sum = _on(self.device, states[rank()]["metric_sum"])
+        elif world_size() > 1:
             # The weights were made from one seed on all processes; from here on each has a stream of its own.
-            if world_size() > 1:
-                torch.manual_seed(torch.initial_seed() + 7919 * (rank() + 1))
-        else:
-            set_random_state(states[rank()])
-        self._random_states = None
+            torch.manual_seed(torch.initial_seed() + 7919 * (rank() + 1))
+        self._process_states = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # The counters below are the clock; Lightning's restart bookkeeping would only compete with it.
         checkpoint.pop("loops", None)
-        states: list[Any] = [random_state()]
+        state = {"random": random_state(), "metric_sum": _on("cpu", self._metric_sum)}
+        states: list[Any] = [state]
         if world_size() > 1:
             states = [None] * world_size()
-            torch.distributed.all_gather_object(states, random_state())
+            torch.distributed.all_gather_object(states, state)
         checkpoint["learning_method"] = {
             "class": type(self).__name__,
             "recipe": self.recipe,
@@ -215,20 +223,34 @@ class LearningMethod(L.LightningModule, ABC):
             "env_steps": self.env_steps,
             "seconds": self.elapsed(),
             "metric_names": self._metric_names,
-            "metric_sum": self._metric_sum,
             "metric_count": self._metric_count,
-            "random_states": states,
+            "processes": states,
         }
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint.get("learning_method")
-        if state is None or state["class"] != type(self).__name__:
-            found = "no learning method" if state is None else state["class"]
+    def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Raise a ValueError if a checkpoint is not one of this method with these sizes."""
+        found = checkpoint.get("learning_method", {}).get("class", "no learning method")
+        if found != type(self).__name__:
             raise ValueError(f"The checkpoint holds {found}, expected {type(self).__name__}.")
+        saved, own = checkpoint["state_dict"], self.state_dict()
+        for name in [*own, *saved]:
+            shapes = [str(list(state[name].shape)) if name in state else "nothing" for state in (saved, own)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(f"The checkpoint's {name} is {shapes[0]}, expected {shapes[1]}.")
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_checkpoint(checkpoint)
+        state = checkpoint["learning_method"]
         self.updates, self.env_steps, self.seconds = state["updates"], state["env_steps"], state["seconds"]
         self._metric_names, self._metric_count = state["metric_names"], state["metric_count"]
-        self._metric_sum = None if state["metric_sum"] is None else state["metric_sum"].to(self.device)
-        self._random_states = state["random_states"]
+        self._process_states = state["processes"]
+        sums = [process["metric_sum"] for process in state["processes"]]
+        # Of another number of processes only the mean is left.
+        self._metric_sum = None if sums[0] is None else torch.stack(sums).mean(0).to(self.device)
+
+
+def _on(device: torch.device | str, tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
 
 
 def random_state() -> dict[str, Any]:

@@ -356,6 +356,8 @@ class BalanceController(nn.Module):
         knots: indices into `poses` [N, S].
         times: increasing control steps [N, S], the first 0.
         noise: standard deviation of the control noise [N].
+        bursts: the noise comes for the first of these numbers of control steps in every second of them: its bursts push
+            the body off its way, the quiet between shows how the controller brings it back.
         correlation: of the noise of one step with that of the step before, 0 to 1 [N].
         seed: of the noise.
     """
@@ -368,8 +370,10 @@ class BalanceController(nn.Module):
         noise: Tensor,
         correlation: Tensor,
         seed: int,
+        bursts: tuple[int, int] = (1, 1),
     ) -> None:
         super().__init__()
+        self.bursts = bursts
         self.register_buffer("qpos", torch.from_numpy(np.stack([p.qpos for p in poses])), persistent=False)
         self.register_buffer("control", torch.from_numpy(np.stack([p.control for p in poses])), persistent=False)
         self.register_buffer("gain", torch.from_numpy(np.stack([p.gain for p in poses])), persistent=False)
@@ -380,6 +384,8 @@ class BalanceController(nn.Module):
         self.register_buffer("clock", torch.zeros((), dtype=torch.int64))
         self.generator = torch.Generator().manual_seed(seed)
         self.register_buffer("disturbance", self._standard_normal())
+        phase = torch.randint(bursts[1], (len(knots), 1), generator=self.generator)
+        self.register_buffer("phase", phase, persistent=False)
 
     def _standard_normal(self) -> Tensor:
         return torch.randn(len(self.knots), NU, generator=self.generator, dtype=torch.float64)
@@ -410,7 +416,9 @@ class BalanceController(nn.Module):
         """Actions [N, 21] (float32) for physics [N, 55] (float64); counts one control step."""
         qpos, velocity, control, gain = self.reference(self.clock)
         displacement = torch.cat([tangent_difference(physics[:, :NQ], qpos), physics[:, NQ:] - velocity], -1)
-        action = control - torch.einsum("nuv,nv->nu", gain, displacement) + self.noise * self.disturbance
+        active = (self.clock + self.phase) % self.bursts[1] < self.bursts[0]
+        noise = self.noise * self.disturbance * active
+        action = control - torch.einsum("nuv,nv->nu", gain, displacement) + noise
         fresh = (1 - self.correlation**2).sqrt() * self._standard_normal()
         self.disturbance = self.correlation * self.disturbance + fresh
         self.clock = self.clock + 1

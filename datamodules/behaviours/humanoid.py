@@ -199,11 +199,17 @@ class HumanoidBehaviours:
         max_noise: the control noise of a balancing row is drawn between 0 and this.
     """
 
-    def __init__(self, shares: Mapping[str, float] | None = None, max_noise: float = 0.22) -> None:
+    def __init__(
+        self,
+        shares: Mapping[str, float] | None = None,
+        max_noise: float = 0.35,
+        bursts: tuple[int, int] = (10, 50),
+    ) -> None:
         self.shares = shares or {"hold": 0.25, "move": 0.55, "explore_upright": 0.1, "explore_floor": 0.1}
         if unknown := set(self.shares) - set(SOURCES):
             raise ValueError(f"unknown behaviours {sorted(unknown)}; there are {', '.join(SOURCES)}")
         self.max_noise = max_noise
+        self.bursts = bursts
 
     def episodes(self, rows: int, seed: int, steps: int) -> Episodes:
         """Starts and policy of N episodes of `steps` control steps; the same arguments give the same episodes."""
@@ -222,7 +228,9 @@ class HumanoidBehaviours:
         ).view(-1, longest)
         noise = torch.from_numpy(rng.uniform(0, self.max_noise, hold + move))
         correlation = torch.from_numpy(rng.choice([0.0, 0.5], hold + move))
-        balancing = BalanceController(repertoire.poses, knots, times, noise, correlation, seed=int(rng.integers(2**31)))
+        balancing = BalanceController(
+            repertoire.poses, knots, times, noise, correlation, int(rng.integers(2**31)), self.bursts
+        )
         exploring = ExplorationController(upright + floor, NU, CONTROL_SECONDS, seed=int(rng.integers(2**31)))
 
         qpos = np.stack([pose.qpos for pose in repertoire.poses])

@@ -32,10 +32,11 @@ class BatchedMujocoEnv(MeasuredEnv):
 
     Args:
         domain: a key of `domains.DOMAINS`.
-        task: a task of the domain (`tasks.TASKS`) or any reward expression over its measurements.
+        task: what `reward` is: a task of the domain (`tasks.TASKS`; its first if None) or any reward expression over
+            its measurements.
         num_envs: n.
-        start: where episodes begin: the suite's own distribution, or a function (simulation, rows, generator) -> physics
-            states [rows, p].
+        start: where episodes begin: a function (simulation, rows, generator) -> physics states [rows, p]; None for the
+            suite's own distribution.
         episode_length: control steps per episode; the suite's (1,000) if None.
         num_threads: simulation threads; all available cores if None.
         seed: of the generator that every episode start is drawn from.
@@ -44,7 +45,7 @@ class BatchedMujocoEnv(MeasuredEnv):
     def __init__(
         self,
         domain: str,
-        task: str = "stand",
+        task: str | None = None,
         num_envs: int = 1,
         *,
         start: Start | None = None,
@@ -67,8 +68,8 @@ class BatchedMujocoEnv(MeasuredEnv):
         example = self._snapshot(np.zeros((1, self.physics_size)), np.zeros((1, model.nu)), observed=True)
         widths = {name: value.shape[1] if value.ndim == 2 else 0 for name, value in self._measure(example).items()}
         self.declare_measurements(widths, TASKS[domain], domain)
-        self.task = task
-        self._expression(task)  # a typing error shows before anything is simulated
+        self.task = task or next(iter(TASKS[domain]))
+        self._expression(self.task)  # a typing error shows before anything is simulated
 
         n = num_envs
         self.observation_spec = Composite(

@@ -156,7 +156,7 @@ def _start_random(simulator: Simulator, rows: int, generator: torch.Generator) -
     return _physics(simulator.model, _random_joints(simulator.model, rows, generator))
 
 
-def _start_random_untouched(simulator: Simulator, rows: int, generator: torch.Generator) -> np.ndarray:
+def start_random_untouched(simulator: Simulator, rows: int, generator: torch.Generator) -> np.ndarray:
     """Random joints, drawn again until nothing touches anything."""
     qpos = np.empty((rows, simulator.model.nq))
     pending = np.arange(rows)
@@ -229,7 +229,7 @@ HUMANOID = Domain(
     make_xml=lambda: _suite_xml("humanoid.xml"),
     substeps=5,
     camera="side",
-    start=_start_random_untouched,
+    start=start_random_untouched,
     sensors={
         "head": _position("head"),
         "pelvis": _position("pelvis"),

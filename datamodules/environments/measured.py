@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.envs import EnvBase
 
@@ -73,6 +74,19 @@ class MeasuredEnv(EnvBase):
     @abstractmethod
     def relabel(self, physics: Tensor, action: Tensor) -> Tensor:
         """Measurements [m, M] of arriving in states [m, p] by actions [m, A], as the environment itself gave them."""
+
+    def measure(self, transitions: TensorDictBase) -> Tensor:
+        """Measurements [m, M] of stored transitions [m].
+
+        Raises:
+            ValueError: the transitions have no physics to measure.
+        """
+        if ("next", "physics") not in transitions.keys(True):
+            raise ValueError(
+                f"The data set of {self._domain_name} has no physics: expected the simulator's states, from which "
+                "rewards are computed."
+            )
+        return self.relabel(transitions["next", "physics"], transitions["action"])
 
     @abstractmethod
     def set_physics(self, physics: Tensor | np.ndarray, rows: Sequence[int] | np.ndarray | None = None) -> None:

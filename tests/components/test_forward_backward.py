@@ -367,8 +367,8 @@ def test_blocks_that_ignore_z_equal_one_block_of_concatenated_networks():
 
 
 def test_sequential_sweep_is_exact_for_any_causal_mixing_of_an_exact_model():
-    """One policy with exact density f^T e, B(s, z) = A(z) e(s), F(z) = A(z)^{-T} f: the sweep's u has F(u)^T u = Q_r."""
-    transition, rho, measure, _ = finite_process(states=4)
+    """One policy, exact density f^T e, B(s, z) = A(z) e(s), F(z) = A(z)^{-T} f: the sweep's u has F(u)^T u = Q_r."""
+    _, rho, measure, _ = finite_process(states=4)
     reward = torch.randn(4, dtype=DOUBLE)
     base = torch.randn(4, 4, dtype=DOUBLE) + 3 * torch.eye(4, dtype=DOUBLE)
     slope = torch.randn(4, 4, 4, dtype=DOUBLE)

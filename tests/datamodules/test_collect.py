@@ -2,6 +2,7 @@ import multiprocessing
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -176,7 +177,10 @@ def test_keep_cuts_episodes_short(tmp_path):
         mask[2, 0] = mask[2, 3] = False  # a gap splits an episode in two
         return mask
 
-    dataset = collect_dataset(tmp_path, "toy", {**RECIPE, "shards": 1}, make_shard, expected_seconds=1, keep=keep)
+    def factory(number: int, seed: int) -> Shard:
+        return replace(make_shard(number, seed), keep=keep)
+
+    dataset = collect_dataset(tmp_path, "toy", {**RECIPE, "shards": 1}, factory, expected_seconds=1)
     data = dataset.data
     assert dataset.episode_lengths().tolist() == [5, 3, 3, 2, 2, 4]
     assert data["next", "truncated"].flatten().nonzero().flatten().tolist() == [4, 12, 14, 18]
@@ -185,8 +189,11 @@ def test_keep_cuts_episodes_short(tmp_path):
 
 
 def test_unusable_shards_are_refused(tmp_path):
-    def run(keep=None, factory=make_shard):
-        collect_dataset(tmp_path, "toy", RECIPE, factory, expected_seconds=1, keep=keep)
+    def run(factory):
+        collect_dataset(tmp_path, "toy", RECIPE, factory, expected_seconds=1)
+
+    def keeping(keep):
+        return lambda number, seed: replace(make_shard(number, seed), keep=keep)
 
     def bad_source(number: int, seed: int) -> Shard:
         shard = make_shard(number, seed)
@@ -197,13 +204,13 @@ def test_unusable_shards_are_refused(tmp_path):
         return Shard(shard.env, lambda td: td.set("action", torch.full((ROWS, 2), torch.nan)), STEPS, shard.source)
 
     with pytest.raises(ValueError, match=r"Shard 0 of toy-.*: expected transitions to keep, found none"):
-        run(keep=lambda collected: torch.zeros(ROWS, STEPS, dtype=torch.bool))
+        run(keeping(lambda collected: torch.zeros(ROWS, STEPS, dtype=torch.bool)))
     with pytest.raises(ValueError, match=r"expected a bool mask \[3, 8\], found torch.float32 \[3, 8\]"):
-        run(keep=lambda collected: torch.ones(ROWS, STEPS))
+        run(keeping(lambda collected: torch.ones(ROWS, STEPS)))
     with pytest.raises(ValueError, match=r"one source for each of 3 rows, found shape \[7\]"):
-        run(factory=bad_source)
+        run(bad_source)
     with pytest.raises(ValueError, match=r"Shard 0 of toy-.*: expected finite numbers in '(action|observation)'"):
-        run(factory=not_finite)
+        run(not_finite)
     collect(tmp_path)  # what went wrong before is no obstacle
 
 

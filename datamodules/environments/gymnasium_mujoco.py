@@ -1,0 +1,198 @@
+"""Gymnasium's locomotion tasks, as D4RL uses them: their own rewards, and episodes that end when the body falls.
+
+Dimensions: n environments, m transitions, O observation, A action, p = nq + nv physics numbers.
+"""
+
+import atexit
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium
+import mujoco
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import Bounded, Categorical, Composite, Unbounded
+
+from datamodules.environments.measured import MeasuredEnv, RenderingUnavailable
+from datamodules.evaluation import EvaluationTask
+from datamodules.readers import d4rl_normalized_score
+
+# Version 4 keeps the rewards and models that D4RL's files were recorded with, on today's MuJoCo. Version 5 pays the
+# bonus for health differently and gives the walker's right foot more friction.
+GYMNASIUM = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4"}
+
+
+class GymnasiumMujocoEnv(MeasuredEnv):
+    """n Gymnasium environments stepped one after the other as a batch.
+
+    Their rewards depend on where a step began, so they cannot be recomputed from an arrival: the only measurement is
+    `reward`, the environment's own, and that of a stored transition is the stored one. An environment that has ended
+    stays where it is, earning nothing, until it is reset.
+
+    Args:
+        body: ``hopper``, ``halfcheetah`` or ``walker2d``, or a D4RL name that begins with one.
+        num_envs: n.
+        seed: of the starting states.
+        episode_length: steps after which an episode is truncated.
+    """
+
+    def __init__(self, body: str, num_envs: int = 1, seed: int = 0, episode_length: int = 1000) -> None:
+        self.body = body.partition("-")[0]
+        if self.body not in GYMNASIUM:
+            raise ValueError(f"Unknown body {body!r}: expected one of {', '.join(GYMNASIUM)}.")
+        super().__init__(device="cpu", batch_size=[num_envs])
+        n = num_envs
+        self._envs = [_make(GYMNASIUM[self.body]) for _ in range(n)]
+        self.episode_length = episode_length
+        self.step_seconds = float(self._envs[0].dt)
+        model = self._envs[0].model
+        self._nq = model.nq
+        self.declare_measurements({"reward": 0}, {"reward": "reward"}, self.body)
+        self._renderer: mujoco.Renderer | None = None
+
+        observation_dim = self._envs[0].observation_space.shape[0]
+        self.observation_spec = Composite(
+            observation=Unbounded((n, observation_dim)),
+            physics=Unbounded((n, model.nq + model.nv), dtype=torch.float64),
+            measurements=Unbounded((n, 1)),
+            shape=(n,),
+        )
+        self.action_spec = Bounded(-1.0, 1.0, (n, model.nu), dtype=torch.float32)
+        self.reward_spec = Unbounded((n, 1))
+        flag = Categorical(2, shape=(n, 1), dtype=torch.bool)
+        self.done_spec = Composite(done=flag, terminated=flag.clone(), truncated=flag.clone(), shape=(n,))
+
+        self._generator = torch.Generator().manual_seed(seed)
+        self._observation = np.zeros((n, observation_dim), np.float32)
+        self._physics = np.zeros((n, model.nq + model.nv))
+        self._reward = np.zeros((n, 1), np.float32)
+        self._steps = np.zeros((n, 1), np.int64)
+        self._terminated = np.zeros((n, 1), bool)
+
+    # --- TorchRL ---
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        actions = tensordict["action"].numpy(force=True)
+        self._reward = np.zeros_like(self._reward)
+        for row in np.flatnonzero(~self._terminated & (self._steps < self.episode_length)).tolist():
+            observation, self._reward[row], self._terminated[row], _, _ = self._envs[row].step(actions[row])
+            self._steps[row] += 1
+            self._read(row, observation)
+        result = self._current()
+        result["reward"] = torch.from_numpy(self._reward.copy())
+        return result
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **_: object) -> TensorDictBase:
+        mask = None if tensordict is None else tensordict.get("_reset", None)
+        rows = np.arange(self.batch_size[0]) if mask is None else mask.reshape(-1).nonzero()[:, 0].numpy()
+        for row in rows.tolist():
+            seed = int(torch.randint(2**31 - 1, (), generator=self._generator))
+            observation, _ = self._envs[row].reset(seed=seed)
+            self._begin(row, observation)
+        return self._current()
+
+    def _set_seed(self, seed: int | None) -> None:
+        if seed is not None:
+            self._generator.manual_seed(seed)
+
+    def _begin(self, row: int, observation: np.ndarray) -> None:
+        self._reward[row], self._steps[row], self._terminated[row] = 0, 0, False
+        self._read(row, observation)
+
+    def _read(self, row: int, observation: np.ndarray) -> None:
+        data = self._envs[row].data
+        self._observation[row] = observation
+        self._physics[row, : self._nq], self._physics[row, self._nq :] = data.qpos, data.qvel
+
+    def _current(self) -> TensorDict:
+        terminated = torch.from_numpy(self._terminated.copy())
+        truncated = torch.from_numpy(self._steps >= self.episode_length) & ~terminated
+        return TensorDict(
+            {
+                "observation": torch.from_numpy(self._observation.copy()),
+                "physics": torch.from_numpy(self._physics.copy()),
+                "measurements": torch.from_numpy(self._reward.copy()),
+                "done": terminated | truncated,
+                "terminated": terminated,
+                "truncated": truncated,
+            },
+            batch_size=self.batch_size,
+        )
+
+    # --- states and rewards ---
+
+    def relabel(self, physics: Tensor, action: Tensor) -> Tensor:
+        raise ValueError(
+            f"Rewards of {self.body} can't be recomputed from arrivals, only read from stored transitions."
+        )
+
+    def measure(self, transitions: TensorDictBase) -> Tensor:
+        """The stored rewards [m, 1]."""
+        return transitions["next", "reward"]
+
+    def set_physics(self, physics: Tensor | np.ndarray, rows: Sequence[int] | np.ndarray | None = None) -> None:
+        states = np.asarray(physics, dtype=np.float64)
+        for row, state in zip(range(self.batch_size[0]) if rows is None else rows, states):
+            env = self._envs[row]
+            env.set_state(state[: self._nq], state[self._nq :])
+            self._begin(row, env._get_obs())
+
+    def render(self, row: int, width: int, height: int) -> np.ndarray:
+        env = self._envs[row]
+        if self._renderer is None or (self._renderer.width, self._renderer.height) != (width, height):
+            self._close_renderer()
+            try:
+                self._renderer = mujoco.Renderer(env.model, height=height, width=width)
+            except Exception as error:  # every graphics library fails with an exception of its own
+                raise RenderingUnavailable(f"MuJoCo cannot render here ({error})") from error
+            # EGL complains about contexts that are still open when it is shut down at exit.
+            atexit.register(_close_renderer_of, weakref.ref(self))
+        self._renderer.update_scene(env.data, camera="track")
+        return self._renderer.render()
+
+    def _close_renderer(self) -> None:
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+
+
+def _make(name: str) -> Any:
+    """The bare environment, made without warnings that nobody could act on."""
+    own = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(lambda message: None)  # of an old word in a model; would be printed and put in a file
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there is a version 5; see above why not
+            return gymnasium.make(name).unwrapped
+    finally:
+        mujoco.set_mju_user_warning(own)
+
+
+def _close_renderer_of(reference: "weakref.ref[GymnasiumMujocoEnv]") -> None:
+    env = reference()
+    if env is not None:
+        env._close_renderer()
+
+
+class D4RLTask(EvaluationTask):
+    """Adds D4RL's normalised score to every return: 0 for a random policy, 100 for an expert.
+
+    Args:
+        data_name: D4RL's name of the data set, or of the body.
+    """
+
+    def __init__(self, *arguments: Any, data_name: str) -> None:
+        super().__init__(*arguments)
+        self.data_name = data_name
+
+    def metrics(self, result: TensorDictBase) -> dict[str, list[float]]:
+        returns = super().metrics(result)
+        scores = {
+            f"{name.removesuffix('return')}score": [d4rl_normalized_score(self.data_name, value) for value in values]
+            for name, values in returns.items()
+        }
+        return {**scores, **returns}

@@ -1,0 +1,62 @@
+"""Rebuilding a method and its datamodule from what a checkpoint says of them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from hydra.utils import instantiate
+
+from launch.checkpoints import LAST, load_checkpoint
+
+# A checkpoint may come from anybody: nothing outside of the project is called on its word.
+TRUSTED = ("callbacks.", "components.", "datamodules.", "lightning_modules.")
+LOOK_UPS = ("hydra.utils.get_class", "hydra.utils.get_method")
+
+
+def find_checkpoint(ckpt_path: str, output_root: str) -> Path:
+    """The checkpoint file that is meant: a file, the newest in a folder, or for `last` the newest of all runs.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = Path(output_root) if ckpt_path == "last" else Path(ckpt_path)
+    if path.is_file():
+        return path
+    found = sorted(path.rglob(LAST), key=lambda file: file.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(
+            f"ckpt_path={ckpt_path}: expected a checkpoint or a folder with one in {path}, found none."
+        )
+    return found[-1]
+
+
+def rebuild(path: Path) -> tuple[L.LightningModule, L.LightningDataModule, dict[str, Any]]:
+    """The method with its trained weights, its datamodule, and the recipe they were made from.
+
+    Raises:
+        FileNotFoundError, ValueError: the checkpoint is missing, damaged, or asks for something foreign.
+    """
+    checkpoint = load_checkpoint(path)
+    recipe = checkpoint["learning_method"]["recipe"]
+    if recipe is None:
+        raise ValueError(f"ckpt_path={path}: expected a checkpoint written by train.py, found one without a recipe.")
+    check_targets(recipe, path)
+    module = instantiate(recipe["module"], **recipe["spec"])
+    module.load_state_dict(checkpoint["state_dict"])
+    module.on_load_checkpoint(checkpoint)
+    return module, instantiate(recipe["datamodule"]), recipe
+
+
+def check_targets(node: Any, path: Path) -> None:
+    """Raise a ValueError if a recipe would call anything outside of the project."""
+    if isinstance(node, Mapping):
+        target = node.get("_target_")
+        called = node.get("path") if target in LOOK_UPS else target
+        if target is not None and not str(called).startswith(TRUSTED):
+            raise ValueError(f"ckpt_path={path}: expected a recipe of this project's classes, found {called}.")
+        for value in node.values():
+            check_targets(value, path)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            check_targets(value, path)

@@ -1,0 +1,57 @@
+"""Checks of configuration values against the classes and functions that they are meant for."""
+
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, Union, get_args, get_origin
+
+from hydra.utils import get_object
+from omegaconf import DictConfig
+
+PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def check_values(config: DictConfig, key: str = "") -> None:
+    """Compare the plain arguments below every `_target_` with their annotations, before anything is built.
+
+    Raises:
+        ValueError: a number, text or flag has another type than the parameter it is given to.
+    """
+    target = config.get("_target_")
+    parameters = dict(_parameters(get_object(target))) if target else {}
+    for name, value in config.items():
+        path = f"{key}.{name}" if key else str(name)
+        if isinstance(value, DictConfig):
+            check_values(value, path)
+        elif name in parameters and not _fits(value, parameters[name]):
+            expected = " or ".join(PLAIN.get(kind, "null") for kind in _kinds(parameters[name]))
+            raise ValueError(f"{path}={value}: expected {expected}.")
+
+
+def _parameters(called: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
+    """Names and annotations; those of base classes first, which a class may pass keywords on to."""
+    if inspect.isclass(called):
+        constructors = [vars(base)["__init__"] for base in reversed(called.__mro__) if "__init__" in vars(base)]
+    else:
+        constructors = [called]
+    for constructor in constructors:
+        try:
+            parameters = inspect.signature(constructor, eval_str=True).parameters.values()
+        except (TypeError, ValueError, NameError):  # not written in Python, or annotated for type checkers only
+            continue
+        yield from ((parameter.name, parameter.annotation) for parameter in parameters)
+
+
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    union = get_origin(annotation) in (Union, types.UnionType)
+    return get_args(annotation) if union else (annotation,)
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value may be given where `annotation` stands; annotations that are not plain types always fit."""
+    kinds = _kinds(annotation)
+    if any(kind not in PLAIN and kind is not type(None) for kind in kinds):
+        return True
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, kinds) or (isinstance(value, int) and float in kinds)

@@ -1,0 +1,47 @@
+"""The record on disk: whole rows, new columns, and what a resumed run drops."""
+
+import pytest
+
+from callbacks.run_log import RunLog, read_rows
+
+
+def write(log, *updates, **metrics):
+    for update in updates:
+        log.log_metrics({"updates": update, "env_steps": 0, "seconds": 0.5 * update, "train/loss": update, **metrics})
+
+
+@pytest.fixture
+def log(tmp_path):
+    return RunLog(tmp_path)
+
+
+def test_groups_of_metrics_have_files_of_their_own(log, tmp_path):
+    log.log_metrics({"updates": 1, "env_steps": 2, "seconds": 3, "train/loss": 0.5, "eval/walk/return": 7.0})
+    assert (tmp_path / "train.csv").read_text() == "updates,env_steps,seconds,loss\n1,2,3,0.5\n"
+    assert (tmp_path / "eval.csv").read_text() == "updates,env_steps,seconds,walk/return\n1,2,3,7.0\n"
+
+
+def test_rows_after_a_checkpoint_are_dropped_and_a_torn_line_too(log, tmp_path):
+    write(log, 1, 2, 3)
+    with open(tmp_path / "train.csv", "a") as file:
+        file.write("2,0")
+    log.rewind(2)
+    assert [row["updates"] for row in read_rows(tmp_path / "train.csv")[1]] == ["1", "2"]
+    write(RunLog(tmp_path), 3)
+    assert [row["updates"] for row in read_rows(tmp_path / "train.csv")[1]] == ["1", "2", "3"]
+
+
+def test_torn_line_is_not_read(log, tmp_path):
+    write(log, 1)
+    with open(tmp_path / "train.csv", "a") as file:
+        file.write("2,0,1.0,12")  # of 123: a row, but not the one that was meant
+    assert [row["loss"] for row in read_rows(tmp_path / "train.csv")[1]] == ["1"]
+
+
+def test_new_metric_gets_a_column(log, tmp_path):
+    write(log, 1)
+    write(log, 2, **{"train/noise": 0.1})
+    write(log, 3)
+    header, rows = read_rows(tmp_path / "train.csv")
+    assert header[-1] == "noise"
+    assert [row["noise"] for row in rows] == ["", "0.1", ""]

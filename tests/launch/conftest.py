@@ -1,0 +1,128 @@
+"""Running the program: in this process where that shows the same, in a process of its own where signals are sent."""
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from launch.errors import run_reporting_errors
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = (
+    "experiment=fb_overdrive",
+    "module.updates=120",
+    "datamodule.updates_per_step=5",
+    "datamodule.evaluate_every=40",
+    "checkpoint_every=10",
+    "module.log_every=5",
+    "datamodule.dataset.episodes=20",
+    "datamodule.episodes=3",
+    "datamodule.curve_episodes=2",
+    "datamodule.inference_samples=200",
+    "num_seeds=1",
+)
+ONE_ARM = ("~arms.fb_narrow", "~arms.fb_full", "~arms.fb_aw_full")
+TWO_ARMS = ("~arms.fb_full", "~arms.fb_aw_full")
+
+
+@dataclass
+class Finished:
+    """What a run of the program gave."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder, the last line printed."""
+        return Path(self.out.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="session")
+def tiny() -> tuple[str, ...]:
+    """Arguments of a run of a second, without a choice of arms."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def one_arm() -> tuple[str, ...]:
+    return (*TINY, *ONE_ARM)
+
+
+@pytest.fixture(scope="session")
+def two_arms() -> tuple[str, ...]:
+    return (*TINY, *TWO_ARMS)
+
+
+@pytest.fixture(scope="session")
+def program() -> Iterator[Callable[..., Finished]]:
+    """Runs train.py in this process, on one thread as the other processes do, so that results can be compared."""
+    threads, argv = torch.get_num_threads(), sys.argv
+    torch.set_num_threads(1)
+
+    def run(*arguments: str) -> Finished:
+        sys.argv = ["train.py", *arguments]
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code = run_reporting_errors(train.main)
+            except SystemExit as end:  # --help
+                code = end.code
+        return Finished(code, out.getvalue(), err.getvalue())
+
+    yield run
+    torch.set_num_threads(threads)
+    sys.argv = argv
+
+
+@pytest.fixture(scope="session")
+def spawn() -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts train.py in a process of its own."""
+    processes = []
+
+    def start(*arguments: str, **environment: str) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, "train.py", *arguments],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="session")
+def wait_for_updates() -> Callable[..., None]:
+    """Waits until a run has recorded so many updates."""
+
+    def wait(process: subprocess.Popen, root: Path, arm: str, updates: int, seconds: float = 120) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            for path in root.glob(f"*/*/{arm}/seed_0/train.csv"):
+                lines = path.read_text().splitlines()
+                if len(lines) > 1 and int(lines[-1].split(",")[0] or 0) >= updates:
+                    return
+            if process.poll() is not None:
+                raise AssertionError(f"the program ended before:\n{process.stdout.read()}\n{process.stderr.read()}")
+            time.sleep(0.002)
+        raise AssertionError(f"{arm} did not reach {updates} updates in {seconds} s")
+
+    return wait

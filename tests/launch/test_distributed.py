@@ -1,0 +1,184 @@
+"""Two processes with half of the batch each: the gradients of one with all of it, and whole runs with reports.
+
+Run as a program (`python test_distributed.py RANK FOLDER`) this file is one of the two processes.
+"""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+
+from callbacks.run_log import read_rows
+from components.actor_objectives import AdvantageWeighted, DeterministicPolicyGradient
+from components.distributed import rank, world_size
+from components.forward_backward import BackwardMap, ForwardMap, ZConditionedActor, sample_sphere
+from components.policies import ClippedGaussianPolicy
+from launch.checkpoints import load_checkpoint
+from lightning_modules.forward_backward import ForwardBackward
+
+ROWS, GROUP_ROWS = 32, 4
+OBJECTIVES = {
+    "aw_softmax": partial(AdvantageWeighted, weighting="softmax"),
+    "aw_iwis": partial(AdvantageWeighted, weighting="iwis"),
+    "aw_iwis_not_renormalised": partial(AdvantageWeighted, weighting="iwis", renormalise=False),
+    "td3": DeterministicPolicyGradient,
+    "td3bc": partial(DeterministicPolicyGradient, behaviour_cloning=1.0),
+}
+REPRESENTATIONS = {
+    "one_block": {"blocks": 1},
+    "one_block_pessimistic": {"blocks": 1, "measure_pessimism": 0.5},
+    "one_block_value": {"blocks": 1, "value_weight": 0.1},
+    "four_blocks": {"blocks": 4},
+    "four_blocks_pessimistic": {"blocks": 4, "measure_pessimism": 0.5},
+    "four_blocks_value": {"blocks": 4, "value_weight": 0.1},
+    "four_blocks_within_groups": {"blocks": 4, "within_groups": True, "value_weight": 0.1},
+}
+
+
+def noise_of_the_row(self, clip=None, sample_shape=()):
+    """Policy samples whose noise is a function of the row, so that it does not depend on how the batch is split."""
+    counts = torch.arange(1, 1 + max(1, *sample_shape, 1)).view(-1, *(1,) * self.mean.dim())
+    noise = self.std * torch.sin(50 * self.mean.detach() + counts)
+    return self.mean + (noise if sample_shape else noise[0])
+
+
+def gradients() -> dict[str, list[torch.Tensor]]:
+    """What `minimise` steps along, for every loss, from this process's share of one fixed batch."""
+    ClippedGaussianPolicy.sample = noise_of_the_row
+    generator = torch.Generator().manual_seed(7)
+    share = slice(rank() * ROWS // world_size(), (rank() + 1) * ROWS // world_size())
+    observation, next_observation = torch.randn(2, ROWS, 5, generator=generator)[:, share]
+    action, next_action = (2 * torch.rand(2, ROWS, 2, generator=generator) - 1)[:, share]
+    discount = (0.9 * (torch.rand(ROWS, 1, generator=generator) > 0.1))[share]
+
+    found = {}
+    for name, settings in REPRESENTATIONS.items():
+        settings = dict(settings)
+        torch.manual_seed(3)
+        agent = ForwardBackward(
+            5,
+            2,
+            features=8,
+            forward_map=partial(ForwardMap, hidden_dim=16),
+            backward_map=partial(BackwardMap, hidden_dim=16, blocks=settings.pop("blocks")),
+            actor=partial(ZConditionedActor, hidden_dim=16),
+            actor_objective=AdvantageWeighted(),
+            groups=ROWS // GROUP_ROWS // world_size(),
+            updates=1,
+            **settings,
+        )
+        z = sample_sphere((ROWS, 8))
+        if agent.groups is not None:
+            z = z[::GROUP_ROWS].repeat_interleave(GROUP_ROWS, 0)
+        z = z[share]
+        loss, _ = agent.representation_loss(observation, action, next_observation, discount, z, next_action)
+        found[name] = minimised(agent, loss, agent.representation_optimizer)
+        if name in ("one_block", "four_blocks"):
+            for objective, make in OBJECTIVES.items():
+                agent.actor_objective = make()
+                loss, _ = agent.actor_loss(observation, action, z)
+                before = [parameter.detach().clone() for parameter in agent.actor.parameters()]
+                found[f"{objective}, {name}"] = minimised(agent, loss, agent.actor_optimizer)
+                for parameter, value in zip(agent.actor.parameters(), before):
+                    parameter.data.copy_(value)
+    return found
+
+
+def minimised(agent, loss, optimizer) -> list[torch.Tensor]:
+    agent.minimise(loss, optimizer)
+    return [parameter.grad.clone() for group in optimizer.param_groups for parameter in group["params"]]
+
+
+CASES = [*REPRESENTATIONS, *(f"{o}, {r}" for o in OBJECTIVES for r in ("one_block", "four_blocks"))]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """Gradients of the whole batch in this process, and of each of two processes."""
+    folder = tmp_path_factory.mktemp("gradients")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen([sys.executable, __file__, str(number), str(folder)], env=environment) for number in range(2)
+    ]
+    sample = ClippedGaussianPolicy.sample
+    state = torch.get_rng_state()
+    try:
+        whole = gradients()
+    finally:
+        ClippedGaussianPolicy.sample = sample
+        torch.set_rng_state(state)
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    return whole, [torch.load(folder / f"{number}.pt") for number in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_halves_of_a_batch_give_the_gradients_of_the_whole(both, case):
+    whole, halves = both
+    for process in halves:
+        torch.testing.assert_close(process[case], whole[case], rtol=1e-5, atol=1e-5)
+    assert any(gradient.abs().max() > 1e-3 for gradient in whole[case])
+
+
+DDP = ("trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu")
+
+
+def finish(process) -> tuple[Path, str]:
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert err == ""
+    return Path(out.strip().splitlines()[-1]), out
+
+
+@pytest.fixture(scope="module")
+def resumed(spawn, one_arm, tmp_path_factory):
+    root = f"output_root={tmp_path_factory.mktemp('ddp')}"
+    arguments = [*one_arm, *DDP, root]
+    first, _ = finish(spawn(*arguments, "module.updates=40"))
+    second, out = finish(spawn(*arguments, "module.updates=60", "ckpt_path=last"))
+    assert second == first
+    return second, out
+
+
+def test_two_processes_run_from_the_command_line_and_resume(resumed):
+    folder, out = resumed
+    assert out.count("resuming after 40 updates") == 1
+    assert out.count("# fb_overdrive") == 1
+    assert (folder / "report.md").exists()
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]  # no folder of the second process
+    run = folder / "fb_aw_narrow" / "seed_0"
+    assert [int(row["updates"]) for row in read_rows(run / "train.csv")[1]] == list(range(5, 61, 5))
+    assert [int(row["updates"]) for row in read_rows(run / "eval.csv")[1]] == [40, 60]
+    processes = load_checkpoint(run / "checkpoints" / "last.ckpt")["learning_method"]["processes"]
+    assert len(processes) == 2
+    assert not torch.equal(processes[0]["random"]["torch"], processes[1]["random"]["torch"])
+
+
+@pytest.mark.slow
+def test_two_processes_resume_exactly(resumed, spawn, one_arm, tmp_path):
+    whole, _ = finish(spawn(*one_arm, *DDP, f"output_root={tmp_path}", "module.updates=60"))
+    states = [
+        load_checkpoint(folder / "fb_aw_narrow/seed_0/checkpoints/last.ckpt") for folder in (whole, resumed[0])
+    ]
+    for name, value in states[0]["state_dict"].items():
+        assert torch.equal(value, states[1]["state_dict"][name]), name
+    rows = [read_rows(folder / "fb_aw_narrow/seed_0/train.csv")[1] for folder in (whole, resumed[0])]
+    for row in (*rows[0], *rows[1]):
+        row.pop("seconds")
+    assert rows[0] == rows[1]
+
+
+if __name__ == "__main__":
+    _, number, folder = sys.argv
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=int(number), world_size=2
+    )
+    torch.save(gradients(), Path(folder) / f"{number}.pt")
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,130 @@
+"""Bad input gets one sentence and an exit code, and nothing that was there is lost."""
+
+import shutil
+
+import pytest
+import torch
+
+from launch.checkpoints import AtomicCheckpointIO, load_checkpoint
+
+RUN = "fb_aw_narrow/seed_0"
+CHECKPOINT = f"{RUN}/checkpoints/last.ckpt"
+
+
+def assert_one_sentence(finished, code, *parts):
+    """One line on stderr, whatever was announced before it."""
+    assert finished.code == code, finished.err
+    assert finished.err.count("\n") == 1, finished.err
+    assert "Traceback" not in finished.err
+    assert finished.err.endswith(". (TENFOLD_TRACEBACK=1 shows where.)\n") or "? (TENFOLD" in finished.err
+    assert ".." not in finished.err.replace("...", "")
+    for part in parts:
+        assert part in finished.err, finished.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([], ["Which experiment? Add experiment=NAME", "fb_overdrive", "--help"]),
+        (["experiment=fb_overdriv"], ["Unknown experiment=fb_overdriv", "Did you mean fb_overdrive?"]),
+        (["experiment=fb_overdrive", "module.updaets=3"], ["Unknown key module.updaets", "mean module.updates?"]),
+        (["experiment=fb_overdrive", "modul.features=3"], ["Unknown key modul.features", "mean module.features?"]),
+        (["experiment=fb_overdrive", "module.updates"], ["Can't read module.updates: expected key=value"]),
+        (["experiment=fb_overdrive", "protocols=[1"], ["Can't read protocols=[1: expected key=value"]),
+        (["experiment=fb_overdrive", "trainer=foo"], ["Unknown option trainer/foo", "cpu, ddp, gpu"]),
+        (["experiment=fb_overdrive", "module/actor_objective=foo"], ["Unknown option module/actor_objective/foo"]),
+    ],
+)
+def test_wrong_command_lines(program, arguments, parts):
+    assert_one_sentence(program(*arguments), 2, *parts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "parts"),
+    [
+        (["module.updates=many"], 1, ["module.updates=many: expected a whole number"]),
+        (["module.discount=high"], 1, ["module.discount=high: expected a number"]),
+        (["datamodule.batch_size=0.5"], 1, ["datamodule.batch_size=0.5: expected a whole number"]),
+        (["+module.zip=3"], 2, ["module: ", "unexpected keyword argument 'zip'"]),
+        (["module.updates=122"], 1, ["updates=122 is no multiple of updates_per_step=5"]),
+        (["datamodule.protocols.goals.rewards=[top]"], 1, ["Unknown task 'top' of overdrive: expected one of top_right"]),
+        (["trainer.accelerator=gpu"], 2, ["trainer: ", "gpu"]),
+        (["ckpt_path=last"], 1, ["ckpt_path=last: expected a run of fb_overdrive in", "found none"]),
+        (["ckpt_path=nowhere.ckpt"], 1, ["ckpt_path=nowhere.ckpt: expected a run's folder or a checkpoint"]),
+        (["ckpt_path=README.md"], 1, ["ckpt_path=README.md: expected a run's folder or a checkpoint"]),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="one case asks for a GPU that is not there")
+def test_wrong_settings_leave_no_folder_behind(program, one_arm, tmp_path, arguments, code, parts):
+    assert_one_sentence(program(*one_arm, f"output_root={tmp_path}", *arguments), code, *parts)
+    assert not list(tmp_path.rglob("*.*"))
+
+
+@pytest.fixture(scope="module")
+def half(program, one_arm, tmp_path_factory):
+    """A run with more updates to go."""
+    finished = program(*one_arm, f"output_root={tmp_path_factory.mktemp('half')}", "module.updates=40")
+    assert finished.code == 0
+    return finished.folder
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_refused(program, folder, arguments, *parts):
+    before = files(folder)
+    finished = program("experiment=fb_overdrive", f"ckpt_path={folder}", "module.updates=60", *arguments)
+    assert_one_sentence(finished, 1, *parts)
+    assert files(folder) == before
+
+
+@pytest.fixture
+def copy(half, tmp_path):
+    return shutil.copytree(half, tmp_path / "fb_overdrive" / half.name)
+
+
+def test_checkpoint_of_other_sizes(program, half):
+    path = half / CHECKPOINT
+    assert_refused(program, half, ["module.features=32"], f"ckpt_path={path}: The checkpoint's forward_map", "expected [")
+
+
+def test_checkpoint_of_another_method(program, copy):
+    checkpoint = load_checkpoint(copy / CHECKPOINT)
+    checkpoint["learning_method"]["class"] = "Other"
+    AtomicCheckpointIO().save_checkpoint(checkpoint, copy / CHECKPOINT)
+    assert_refused(program, copy, [], "The checkpoint holds Other, expected ForwardBackward")
+
+
+def test_damaged_checkpoint(program, copy):
+    path = copy / CHECKPOINT
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert_refused(program, copy, [], f"ckpt_path={path}: expected a whole checkpoint, found a damaged or foreign file")
+    finished = program("experiment=fb_overdrive", f"ckpt_path={path}")
+    assert_one_sentence(finished, 1, f"ckpt_path={path}: expected a whole checkpoint")
+
+
+def test_run_of_another_experiment(program, half):
+    finished = program("experiment=fb_humanoid", f"ckpt_path={half}")
+    assert_one_sentence(finished, 1, "expected a run of experiment=fb_humanoid, found one of experiment=fb_overdrive")
+
+
+def test_settings_that_failed_are_not_remembered(program, copy):
+    assert program("experiment=fb_overdrive", f"ckpt_path={copy}", "module.updates=62").code == 1
+    assert program("experiment=fb_overdrive", f"ckpt_path={copy}").code == 0
+
+
+def test_diverging_run_keeps_its_last_good_checkpoint(program, copy):
+    arguments = ["experiment=fb_overdrive", f"ckpt_path={copy}", "module.updates=120"]
+    finished = program(*arguments, "module.discount=1e30")
+    assert_one_sentence(finished, 1, "train/", "between updates", "the last checkpoint was taken before and is intact")
+    assert load_checkpoint(copy / CHECKPOINT)["learning_method"]["updates"] == 40
+    sound = program(*arguments, "module.discount=0.9")
+    assert sound.code == 0
+    assert "resuming after 40 updates" in sound.out
+
+
+def test_traceback_is_shown_when_asked_for(program, one_arm, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENFOLD_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="no multiple"):
+        program(*one_arm, f"output_root={tmp_path}", "module.updates=122")

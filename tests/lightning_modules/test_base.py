@@ -1,0 +1,240 @@
+"""The clock, the metrics and the exact resumption that every method gets, shown on the smallest method."""
+
+import random
+import shutil
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+
+from callbacks.checkpoint import Checkpoint
+from callbacks.run_log import RunLog, read_rows
+from datamodules.evaluation import EvaluationTasks
+from datamodules.sampling import UniformBatches
+from launch.checkpoints import AtomicCheckpointIO, load_checkpoint
+from lightning_modules.base import LearningMethod, random_state, set_random_state
+
+EVALUATE_EVERY, TOTAL = 8, 20
+CHECKPOINTS = [2, 4, 6, 8, 10, 12, 14, 16, 18, 20]
+
+
+class Toy(LearningMethod):
+    """A regression whose every update draws from all random streams."""
+
+    def __init__(self, width: int = 3, updates: int = TOTAL) -> None:
+        super().__init__(updates=updates, updates_per_step=2, log_every=4)
+        self.net = nn.Linear(width, 1)
+        self.optimizer = self.register_optimizer(torch.optim.Adam(self.net.parameters(), lr=0.1))
+        self.train_starts = 0
+
+    def update(self, batch: TensorDict) -> TensorDict:
+        noise = torch.randn(()) + np.random.randn() + random.random()  # noqa: NPY002 - libraries use the global state
+        loss = (self.net(batch["x"]) - noise).square().mean()
+        self.minimise(loss, self.optimizer)
+        return TensorDict({"loss": loss.detach(), "noise": noise})
+
+    def evaluate(self, task: "ToyTask") -> torch.Tensor:
+        return torch.rand(3) + self.net.bias.detach()
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.train_starts += 1
+
+
+class OtherToy(Toy):
+    """The same under another name."""
+
+
+class ToyTask:
+    def metrics(self, result: torch.Tensor) -> dict[str, list[float]]:
+        return {"task/score": result.tolist()}
+
+
+class Poisoned:
+    """Batches of which one has a NaN."""
+
+    def __init__(self, batches: UniformBatches, update: int) -> None:
+        self.batches = [batch.clone() for batch in batches]
+        self.batches[(update - batches.start) // batches.updates_per_step]["x"][0, 1] = float("nan")
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+class ToyData(L.LightningDataModule):
+    def __init__(self, poisoned_update: int | None = None) -> None:
+        super().__init__()
+        data = torch.randn(50, 3, generator=torch.Generator().manual_seed(1))
+        self.data = TensorDict({"x": data}, batch_size=[50])
+        self.poisoned_update = poisoned_update
+
+    def train_dataloader(self):
+        start = self.trainer.lightning_module.updates
+        stop = min((start // EVALUATE_EVERY + 1) * EVALUATE_EVERY, self.trainer.lightning_module.total_updates)
+        batches = UniformBatches(self.data, 4, 2, start, stop, seed=0)
+        if self.poisoned_update is None or not start <= self.poisoned_update < stop:
+            return batches
+        return Poisoned(batches, self.poisoned_update)
+
+    def val_dataloader(self):
+        return EvaluationTasks([ToyTask()])
+
+
+class EveryCheckpoint(Checkpoint):
+    """Keeps a copy of every checkpoint, and of the record as it was at that moment."""
+
+    def _save(self, trainer, module):
+        super()._save(trainer, module)
+        kept = self.path.parent / str(module.updates)
+        shutil.rmtree(kept, ignore_errors=True)
+        kept.mkdir()
+        shutil.copy(self.path, kept)
+
+
+def fit(folder: Path, method: Toy, checkpoint: Path | None = None, poisoned_update: int | None = None) -> Toy:
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=-1,
+        reload_dataloaders_every_n_epochs=1,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        inference_mode=False,
+        logger=[RunLog(folder)],
+        callbacks=[EveryCheckpoint(str(folder), every=2)],
+        plugins=[AtomicCheckpointIO()],
+    )
+    trainer.fit(method, datamodule=ToyData(poisoned_update), ckpt_path=checkpoint, weights_only=True)
+    return method
+
+
+def fresh(seed: int = 0, **settings) -> Toy:
+    L.seed_everything(seed, verbose=False)
+    return Toy(**settings)
+
+
+def equal(a, b) -> bool:
+    """Bit-for-bit equality of nested states."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a if key != "seconds")
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def record(folder: Path) -> dict[str, list]:
+    return {
+        name: [{key: value for key, value in row.items() if key != "seconds"} for row in read_rows(folder / name)[1]]
+        for name in ("train.csv", "eval.csv")
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of an uninterrupted run, with every checkpoint that it took."""
+    folder = tmp_path_factory.mktemp("whole")
+    fit(folder, fresh())
+    return folder
+
+
+def final_state(folder: Path) -> dict:
+    checkpoint = load_checkpoint(folder / "last.ckpt")
+    return {key: checkpoint[key] for key in ("state_dict", "optimizer_states", "learning_method")}
+
+
+def test_record_has_a_row_for_each_interval_and_evaluation(whole):
+    rows = record(whole)
+    assert [row["updates"] for row in rows["train.csv"]] == ["4", "8", "12", "16", "20"]
+    assert [row["updates"] for row in rows["eval.csv"]] == ["8", "16", "20"]
+    assert sorted(int(path.name) for path in whole.iterdir() if path.is_dir()) == CHECKPOINTS
+
+
+@pytest.mark.parametrize("updates", CHECKPOINTS)
+def test_resuming_anywhere_gives_the_uninterrupted_run(whole, tmp_path, updates):
+    for name in ("train.csv", "eval.csv"):  # as the kill left them: with rows from after the checkpoint, the last torn
+        text = (whole / name).read_text()
+        (tmp_path / name).write_text(text[:-3])
+    method = fit(tmp_path, fresh(seed=99), whole / str(updates) / "last.ckpt")
+    assert method.updates == TOTAL
+    if updates == TOTAL:
+        assert method.train_starts == 0
+        return
+    assert equal(final_state(tmp_path), final_state(whole))
+    assert record(tmp_path) == record(whole)
+
+
+def test_run_that_is_extended_goes_on(whole, tmp_path):
+    longer = fit(tmp_path / "longer", fresh(updates=28))
+    extended = fit(tmp_path / "extended", fresh(seed=5, updates=28), whole / "20" / "last.ckpt")
+    assert extended.updates == 28
+    assert equal(extended.state_dict(), longer.state_dict())
+    assert equal(extended.optimizer.state_dict(), longer.optimizer.state_dict())
+
+
+def test_how_often_a_run_is_evaluated_does_not_change_what_it_learns(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(__import__("sys").modules[__name__], "EVALUATE_EVERY", 4)
+    assert equal(fit(tmp_path, fresh()).state_dict(), load_checkpoint(whole / "last.ckpt")["state_dict"])
+
+
+def test_random_states_come_back():
+    state = random_state()
+    draws = [(torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) for _ in range(2)]  # noqa: NPY002
+    assert draws[0] != draws[1]
+    set_random_state(state)
+    assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) == draws[0]  # noqa: NPY002
+
+
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(whole, tmp_path):
+    with pytest.raises(ValueError, match=r"train/loss became nan between updates 8 and 12: expected finite numbers"):
+        fit(tmp_path, fresh(), poisoned_update=10)
+    checkpoint = tmp_path / "last.ckpt"
+    assert load_checkpoint(checkpoint)["learning_method"]["updates"] == 10
+    fit(tmp_path, fresh(seed=3), checkpoint)  # with sound data it goes on as if nothing had happened
+    assert equal(final_state(tmp_path), final_state(whole))
+    assert record(tmp_path) == record(whole)
+
+
+def test_weights_that_are_not_finite_are_never_saved(whole, tmp_path):
+    method = fresh()
+
+    def break_weights(batch):
+        with torch.no_grad():
+            method.net.bias.fill_(float("inf"))
+        return TensorDict({"loss": torch.zeros(())})
+
+    method.update = break_weights
+    with pytest.raises(ValueError, match=r"net.bias is not finite after 2 updates"):
+        fit(tmp_path, method)
+    assert not (tmp_path / "last.ckpt").exists()
+
+
+def test_checkpoint_of_another_method_is_refused(whole):
+    with pytest.raises(ValueError, match=r"holds Toy, expected OtherToy\.$"):
+        OtherToy().on_load_checkpoint(load_checkpoint(whole / "last.ckpt"))
+
+
+def test_checkpoint_of_other_sizes_is_refused_in_one_sentence(whole):
+    with pytest.raises(ValueError, match=r"^The checkpoint's net.weight is \[1, 3\], expected \[1, 4\]\.$"):
+        Toy(width=4).on_load_checkpoint(load_checkpoint(whole / "last.ckpt"))
+
+
+@pytest.mark.parametrize("settings", [{"updates": 3}, {"updates": 4, "log_every": 3}])
+def test_counts_that_do_not_divide_each_other_are_refused(settings):
+    class Plain(Toy):
+        def __init__(self):
+            LearningMethod.__init__(self, updates_per_step=2, **{"log_every": 2, **settings})
+
+    with pytest.raises(ValueError, match=r"(updates|log_every)=3 is no multiple of updates_per_step=2"):
+        Plain()

@@ -1,0 +1,221 @@
+"""Every experiment and preset composes, and its parts fit together: sizes, switches and one update."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from components.actor_objectives import AdvantageWeighted, DeterministicPolicyGradient
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+EXPERIMENTS = sorted(
+    str(path.relative_to(CONFIGS / "experiment").with_suffix(""))
+    for path in (CONFIGS / "experiment").rglob("*.yaml")
+    if path.stem.startswith("fb_")
+)
+PAPER = [name for name in EXPERIMENTS if name.startswith("paper/")]
+CORNERS = {
+    "fb": (DeterministicPolicyGradient, 1),
+    "fb_aw": (AdvantageWeighted, 1),
+    "fb_ar": (DeterministicPolicyGradient, 4),
+    "fb_aware": (AdvantageWeighted, 4),
+}
+NARROW = [f"module.{network}.hidden_dim=8" for network in ("forward_map", "backward_map", "actor")]
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("train", [*overrides])
+
+
+def narrow_agent(transitions, *overrides: str):
+    """The agent of a configuration with narrow networks, after one update on random data of the right shape."""
+    config = composed(*overrides, *NARROW)
+    spec = instantiate(config.datamodule).spec
+    module = instantiate(config.module, **spec)
+    rows = 2 * config.module.groups
+    metrics = module.update(transitions(rows, spec["observation_dim"], spec["action_dim"]))
+    assert all(value.isfinite() for value in metrics.values())
+    return module
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_arm_of_every_experiment_learns(name, transitions):
+    config = composed(f"experiment={name}")
+    assert config.name == name
+    assert config.summary
+    assert config.duration
+    for arm, overrides in config.arms.items():
+        module = narrow_agent(transitions, f"experiment={name}", *overrides)
+        if arm in CORNERS:
+            objective, blocks = CORNERS[arm]
+            assert isinstance(module.actor_objective, objective)
+            assert len(module.backward_map.blocks) == blocks or (blocks > 1 and name not in PAPER)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_scale(name):
+    """The default column of the method's page, with the maze's exceptions."""
+    config = composed(f"experiment={name}")
+    module, data = config.module, config.datamodule
+    maze = name.endswith("maze")
+    assert list(config.arms) == list(CORNERS)
+    assert config.num_seeds == 5
+    assert (config.trainer.accelerator, module.compile) == ("auto", "cudagraphs")
+    assert (module.features, module.groups, data.batch_size) == (64, 32, 1024)
+    assert (module.forward_map.hidden_dim, module.actor.hidden_dim, module.backward_map.hidden_dim) == (1024, 1024, 256)
+    assert module.discount == (0.99 if maze or name.endswith("d4rl") else 0.98)
+    assert module.learning_rate == 1e-4
+    assert module.backward_learning_rate == module.actor_learning_rate == (1e-6 if maze else 1e-4)
+    assert (module.target_rate, module.orthonormality, module.updates) == (0.01, 1.0, 1_000_000)
+    assert (data.evaluate_every, data.inference_samples) == (50_000, 100_000)
+    objective = composed(f"experiment={name}", *config.arms.fb_aware).module.actor_objective
+    assert (objective.temperature, objective.value_samples, objective.weighting) == (1.0, 4, "iwis")
+
+
+def test_the_maze_of_published_code():
+    published = composed("experiment=paper/fb_point_mass_maze", "preset=fb_mm_maze").module
+    assert (published.features, published.discount, published.updates) == (100, 0.99, 3_000_000)
+    assert (published.learning_rate, published.backward_learning_rate, published.actor_learning_rate) == (
+        1e-4,
+        1e-6,
+        1e-6,
+    )
+
+
+@pytest.mark.parametrize("experiment", ["paper/fb_walker", "fb_walker"])
+def test_presets_differ_where_their_codes_do(experiment, transitions):
+    original, later = (composed(f"experiment={experiment}", f"preset={name}") for name in ("fb_ca", "fb_mm"))
+    for config in (original, later):
+        assert config.arms is None
+        assert (config.module.features, config.datamodule.batch_size, config.module.backward_map.blocks) == (
+            50,
+            1024,
+            1,
+        )
+        assert (config.module.forward_map.hidden_dim, config.module.actor.hidden_dim) == (1024, 1024)
+        assert config.module.actor_objective._target_.endswith("DeterministicPolicyGradient")
+
+    def differing(config: DictConfig) -> tuple:
+        module = config.module
+        return (
+            module.discount,
+            (module.forward_map.shared_embeddings, module.forward_map.gain),
+            module.backward_map.hidden_dim,
+            module.measure_pessimism,
+            module.orthonormality_convention,
+            module.goal_key,
+            config.datamodule.inference_samples,
+            module.updates,
+        )
+
+    assert differing(original) == (0.99, (True, 1.0), 526, 0.5, "full", "observation", 5_120, 1_000_000)
+    assert differing(later) == (0.98, (False, 2**0.5), 256, 0.0, "half", "next_observation", 50_000, 3_000_000)
+    for name in ("fb_ca", "fb_mm"):
+        narrow_agent(transitions, f"experiment={experiment}", f"preset={name}")
+
+
+def test_paper_size_networks():
+    """The counts of parameters that arXiv 2209.14935's sizes give for humanoid with 50 features."""
+    config = composed("experiment=paper/fb_humanoid", "preset=fb_mm", "module.features=50")
+    networks = {
+        name: instantiate(config.module[name], **sizes, observation_dim=67, features=50)()
+        for name, sizes in {"forward_map": {"action_dim": 21}, "backward_map": {}, "actor": {"action_dim": 21}}.items()
+    }
+    millions = {
+        name: sum(parameter.numel() for parameter in network.parameters()) / 1e6 for name, network in networks.items()
+    }
+    assert millions == pytest.approx({"forward_map": 2 * 2.37, "backward_map": 0.10, "actor": 2.31}, abs=0.01)
+
+
+SWITCHES = {
+    "module.actor_objective.weighting=softmax": "actor_objective.weighting",
+    "module.actor_objective.renormalise=false": "actor_objective.renormalise",
+    "module.actor_objective.temperature=3.0": "actor_objective.temperature",
+    "module.actor_objective.value_samples=10": "actor_objective.value_samples",
+    "module.actor_objective.pessimism=0.0": "actor_objective.pessimism",
+    "module.evaluation_samples=50": "evaluation_samples",
+    "module.evaluation_pessimism=0.0": "evaluation_pessimism",
+    "module.measure_pessimism=0.5": "measure_pessimism",
+    "module.forward_map.members=3": "forward_map.head.0.weight",
+    "module.forward_map.gain=1.0": None,
+    "module.forward_map.shared_embeddings=true": None,
+    "module.actor.gain=1.4": None,
+    "module.features=32": "backward_map.features",
+    "module.backward_map.blocks=2": "backward_map.blocks",
+    "module.groups=8": "groups",
+    "module.normalise_z=block": "normalise_z",
+    "module.within_groups=true": "within_groups",
+    "module.fresh_actor_z=true": "fresh_actor_z",
+    "module.orthonormality=100": "orthonormality",
+    "module.orthonormality_convention=full": "orthonormality",
+    "module.goal_probability=0.2": "latent_sampler.goal_probability",
+    "module.goal_key=observation": "goal_key",
+    "module.value_weight=0.1": "value_weight",
+    "module.policy_std=0.1": "policy_std",
+    "module.policy_noise_clip=0.1": "policy_noise_clip",
+    "module.normalise_observations=true": "normaliser",
+    "module.backward_learning_rate=1e-5": None,
+}
+
+
+@pytest.fixture(scope="module")
+def ordinary() -> object:
+    return instantiate(composed("experiment=fb_overdrive", *NARROW).module, observation_dim=2, action_dim=2)
+
+
+@pytest.mark.parametrize("override", SWITCHES)
+def test_every_switch_is_a_configuration_key(override, transitions, ordinary):
+    """Without `+`, and it arrives in a method that still learns."""
+    module = instantiate(
+        composed("experiment=fb_overdrive", "module.backward_map.blocks=4", *NARROW, override).module,
+        observation_dim=2,
+        action_dim=2,
+    )
+    metrics = module.update(transitions(64, 2, 2))
+    assert all(value.isfinite() for value in metrics.values())
+    if SWITCHES[override]:
+        values = [agent_value(agent, SWITCHES[override]) for agent in (module, ordinary)]
+        assert values[0] != values[1]
+
+
+def agent_value(agent: object, path: str) -> object:
+    for name in path.split("."):
+        agent = agent[int(name)] if name.isdigit() else getattr(agent, name)
+    if isinstance(agent, torch.nn.ModuleList):
+        return len(agent)
+    return agent.shape if isinstance(agent, torch.Tensor) else agent
+
+
+def test_temperature_of_sqrt_d():
+    config = composed("experiment=paper/fb_walker", "module/actor_objective=advantage_weighted_sqrt_d", *NARROW)
+    assert instantiate(config.module.actor_objective).temperature == 8.0
+
+
+def test_behaviour_cloning_beside_the_policy_gradient(transitions):
+    overrides = ("module/actor_objective=td3bc", "module.actor_objective.behaviour_cloning=0.5")
+    module = narrow_agent(transitions, "experiment=fb_overdrive", *overrides)
+    assert module.actor_objective.behaviour_cloning == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "where"),
+    [
+        ("paper/fb_humanoid", "datamodule.dataset.file", "github.com/facebookresearch/offline_rl"),
+        ("paper/fb_walker", "datamodule.dataset.folder", "exorl/walker/rnd.zip"),
+        ("paper/fb_d4rl", "datamodule.dataset.folder", "gym_mujoco_v2/hopper_medium-v2.hdf5"),
+    ],
+)
+def test_missing_data_are_one_sentence(name, key, where, tmp_path):
+    datamodule = instantiate(composed(f"experiment={name}", f"data_root={tmp_path}").datamodule)
+    with pytest.raises(FileNotFoundError) as error:
+        datamodule.prepare_data()
+    message = str(error.value)
+    assert message.startswith(f"{key}={tmp_path}")
+    assert where in message
+    assert "GB" in message or "MB" in message
+    assert "\n" not in message
+    assert not list(tmp_path.iterdir())
