@@ -2,8 +2,9 @@
 
     python evaluate.py ckpt_path=PATH [reward=EXPRESSION] [protocol=NAME] [episodes=10] [seconds=10]
 
-PATH is a checkpoint, a run's folder, or `last`. EXPRESSION is written over the environment's named quantities, for example
-"head_height < 1.1 and torso_upright > 0.9" or "tolerance(left_hand_height, 1.5, inf, 0.3)"; a wrong name lists them all.
+PATH is a checkpoint, a run's folder, or `last`. EXPRESSION is written over the environment's named quantities, such as
+"head_height < 1.1 and torso_upright > 0.9" or "tolerance(left_hand_height, 1.5, inf, 0.3)"; a wrong name lists them
+all.
 """
 
 import sys

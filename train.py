@@ -11,7 +11,7 @@ from launch.runs import run_folder
 from launch.study import run_study
 
 OmegaConf.register_new_resolver("experiment_list", experiment_list)
-OmegaConf.register_new_resolver("run_folder", run_folder)
+OmegaConf.register_new_resolver("run_folder", run_folder, use_cache=True)  # names the time: one for the whole program
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")

@@ -180,9 +180,7 @@ def _run(shard: Shard, progress: _Progress) -> TensorDict:
     return torch.cat(collected, dim=1)[:, : shard.steps]
 
 
-def _transitions(
-    collected: TensorDictBase, shard: Shard, what: str
-) -> TensorDict:
+def _transitions(collected: TensorDictBase, shard: Shard, what: str) -> TensorDict:
     """Flatten [rows, steps] to the kept transitions [n], row after row, and number their episodes."""
     rows, steps = collected.batch_size
     kept = torch.ones(rows, steps, dtype=torch.bool) if shard.keep is None else shard.keep(collected)

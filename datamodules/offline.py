@@ -188,9 +188,9 @@ class OfflineDataModule(L.LightningDataModule):
         return torch.cat(parts)
 
     def references(self) -> dict[str, dict[str, list[float]]]:
-        """Scores to compare with: a policy of uniform random actions, and the best episode of the data.
+        """Scores to compare with: a policy of uniform random actions, and the best episode of the data by each reward.
 
-        An episode of the data counts with its own length, which is at most that of an evaluation episode.
+        An episode of the data counts with its own length, which may be less than that of an evaluation episode.
         """
         assert self.dataset is not None
         random: dict[str, list[float]] = {}

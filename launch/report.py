@@ -25,9 +25,9 @@ def write_report(config: DictConfig, runs: Sequence[Any], folder: Path) -> None:
     for arm in dict.fromkeys(run.arm for run in runs):
         seeds = [results[run]["metrics"] for run in runs if run.arm == arm]
         arms[arm] = {metric: _summary([seed[metric] for seed in seeds]) for metric in seeds[0]}
-    for path in sorted(folder.rglob(REFERENCES)):
-        for arm, metrics in json.loads(path.read_text()).items():
-            arms.setdefault(arm, {metric: _summary([values]) for metric, values in metrics.items()})
+    if (folder / REFERENCES).exists():
+        for arm, metrics in json.loads((folder / REFERENCES).read_text()).items():
+            arms[arm] = {metric: _summary([values]) for metric, values in metrics.items()}
     summary = {
         "experiment": config.name,
         "seeds": sorted({run.seed for run in runs}),

@@ -15,12 +15,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from omegaconf import DictConfig, OmegaConf, read_write
+from omegaconf import DictConfig, OmegaConf
 
 from launch.checkpoints import LAST, load_checkpoint
 from launch.errors import Stopped
-from launch.files import write_text
-from launch.report import write_report
+from launch.files import write_json, write_text
+from launch.report import REFERENCES, write_report
 from launch.runs import RUN_FILE
 from launch.values import check_values
 
@@ -50,9 +50,6 @@ def run_study(config: DictConfig) -> None:
     """
     quieten()
     folder = Path(HydraConfig.get().runtime.output_dir)
-    with read_write(HydraConfig.get().run) as where:
-        # Lightning starts the other processes of a parallel run with this folder; resolved again it would be a new one.
-        where.dir = str(folder)
     try:
         _run_study(folder, _overrides(folder, list(HydraConfig.get().overrides.task)))
     finally:
@@ -75,6 +72,7 @@ def _run_study(folder: Path, overrides: list[str]) -> None:
             parts = build(run, configs[run], started_from if own else run.checkpoint)
             _remember(folder, overrides)  # now that they are known to make sense
             train(*parts)
+            _measure_references(parts[2], folder)
             del parts  # or its data would stay in memory while the next are built
     except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns Ctrl-C into the latter
         message = f"Stopped. Go on with: python train.py experiment={config.name} ckpt_path={folder}"
@@ -110,6 +108,13 @@ def train(
     """Train and evaluate one arm with one seed."""
     trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
     trainer.test(module, datamodule=datamodule, verbose=False)
+
+
+@rank_zero_only
+def _measure_references(datamodule: L.LightningDataModule, folder: Path) -> None:
+    """Write the scores that the datamodule offers to compare with, once for all runs."""
+    if hasattr(datamodule, "references") and not (folder / REFERENCES).exists():
+        write_json(folder / REFERENCES, datamodule.references())
 
 
 def _check(checkpoint: Path, module: L.LightningModule) -> int:

@@ -2,11 +2,13 @@
 
 import netrc
 import os
+import uuid
 from pathlib import Path
 from urllib.parse import urlparse
 
 import wandb
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from launch.files import write_text
 
@@ -20,18 +22,24 @@ def wandb_logger(project: str, name: str, folder: str | Path) -> WandbLogger:
         project, name: as Weights & Biases shows them.
         folder: of the run. `wandb sync folder/wandb/offline-run-*` uploads what was logged offline.
     """
+    if rank_zero_only.rank != 0:
+        return WandbLogger(project=project, name=name)  # its methods do nothing in this process
     if wandb.run is not None:  # of the arm before: it would be continued
-        wandb.finish(quiet=True)
+        wandb.finish()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    return WandbLogger(
+    run = wandb.init(
         project=project,
         name=name,
+        dir=folder,
         id=_run_id(folder),
-        save_dir=folder,
-        offline=not logged_in(),
+        resume="allow",
+        mode=os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline"),
         settings=wandb.Settings(silent=True, console="off"),
     )
+    run.define_metric("updates")
+    run.define_metric("*", step_metric="updates")
+    return WandbLogger(experiment=run)
 
 
 def logged_in() -> bool:
@@ -49,5 +57,5 @@ def logged_in() -> bool:
 def _run_id(folder: Path) -> str:
     path = folder / RUN_ID
     if not path.exists():
-        write_text(path, wandb.util.generate_id())
+        write_text(path, uuid.uuid4().hex[:8])
     return path.read_text()

@@ -22,8 +22,8 @@ class LearningMethod(L.LightningModule, ABC):
     """A method is `update(batch) -> TensorDict of scalar metrics`; this class runs it inside Lightning.
 
     A training step receives `updates_per_step` batches stacked along the first dimension and makes one update with
-    each, so that the loop's cost is paid once per step. The counters `updates` and `env_steps` are the method's only clock:
-    Lightning's own loop counters are neither used nor saved.
+    each, so that the loop's cost is paid once per step. The counters `updates` and `env_steps` are the method's only
+    clock: Lightning's own loop counters are neither used nor saved.
 
     Subclasses create their optimisers in `__init__` and register them with `register_optimizer`, so that `update` also
     runs on its own, without a trainer. `update` neither reads tensor values (no `.item()`) nor branches on them.

@@ -127,8 +127,10 @@ class OverdriveTask(EvaluationTask):
     def metrics(self, result: TensorDictBase) -> dict[str, list[float]]:
         """``score``: reward over that of going straight to the goal at top speed; ``in_range``: share of |a| <= 0.6.
 
-        Both are means over goals, one value for each start.
+        Both are means over goals, one value for each start. Rewards that are no goals keep their returns.
         """
+        if not set(self.rewards) <= set(GOALS):
+            return super().metrics(result)
         goals = torch.tensor([GOALS[name] for name in self.rewards], dtype=torch.float64)[:, None, None]
         way = result["start"].unsqueeze(2) - goals
         steps = torch.arange(1, EPISODE_LENGTH + 1)

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging.config
 import os
 import subprocess
 import sys
@@ -69,6 +70,9 @@ def program() -> Iterator[Callable[..., Finished]]:
     """Runs train.py in this process, on one thread as the other processes do, so that results can be compared."""
     threads, argv = torch.get_num_threads(), sys.argv
     torch.set_num_threads(1)
+    patch = pytest.MonkeyPatch()
+    # Hydra closes all log handlers to set up its own; that of absl, if loaded, takes pytest's stderr with it.
+    patch.setattr(logging.config.DictConfigurator, "configure", lambda self: None)
 
     def run(*arguments: str) -> Finished:
         sys.argv = ["train.py", *arguments]
@@ -81,6 +85,7 @@ def program() -> Iterator[Callable[..., Finished]]:
         return Finished(code, out.getvalue(), err.getvalue())
 
     yield run
+    patch.undo()
     torch.set_num_threads(threads)
     sys.argv = argv
 

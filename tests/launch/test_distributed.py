@@ -12,10 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-
 from callbacks.run_log import read_rows
 from components.actor_objectives import AdvantageWeighted, DeterministicPolicyGradient
 from components.distributed import rank, world_size
@@ -24,6 +20,7 @@ from components.policies import ClippedGaussianPolicy
 from launch.checkpoints import load_checkpoint
 from lightning_modules.forward_backward import ForwardBackward
 
+ROOT = Path(__file__).resolve().parents[2]
 ROWS, GROUP_ROWS = 32, 4
 OBJECTIVES = {
     "aw_softmax": partial(AdvantageWeighted, weighting="softmax"),
@@ -104,7 +101,7 @@ CASES = [*REPRESENTATIONS, *(f"{o}, {r}" for o in OBJECTIVES for r in ("one_bloc
 def both(tmp_path_factory):
     """Gradients of the whole batch in this process, and of each of two processes."""
     folder = tmp_path_factory.mktemp("gradients")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     processes = [
         subprocess.Popen([sys.executable, __file__, str(number), str(folder)], env=environment) for number in range(2)
     ]
@@ -164,9 +161,7 @@ def test_two_processes_run_from_the_command_line_and_resume(resumed):
 @pytest.mark.slow
 def test_two_processes_resume_exactly(resumed, spawn, one_arm, tmp_path):
     whole, _ = finish(spawn(*one_arm, *DDP, f"output_root={tmp_path}", "module.updates=60"))
-    states = [
-        load_checkpoint(folder / "fb_aw_narrow/seed_0/checkpoints/last.ckpt") for folder in (whole, resumed[0])
-    ]
+    states = [load_checkpoint(folder / "fb_aw_narrow/seed_0/checkpoints/last.ckpt") for folder in (whole, resumed[0])]
     for name, value in states[0]["state_dict"].items():
         assert torch.equal(value, states[1]["state_dict"][name]), name
     rows = [read_rows(folder / "fb_aw_narrow/seed_0/train.csv")[1] for folder in (whole, resumed[0])]

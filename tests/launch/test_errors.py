@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from hydra.errors import InstantiationException
 
 from launch.checkpoints import AtomicCheckpointIO, load_checkpoint
 
@@ -47,7 +48,11 @@ def test_wrong_command_lines(program, arguments, parts):
         (["datamodule.batch_size=0.5"], 1, ["datamodule.batch_size=0.5: expected a whole number"]),
         (["+module.zip=3"], 2, ["module: ", "unexpected keyword argument 'zip'"]),
         (["module.updates=122"], 1, ["updates=122 is no multiple of updates_per_step=5"]),
-        (["datamodule.protocols.goals.rewards=[top]"], 1, ["Unknown task 'top' of overdrive: expected one of top_right"]),
+        (
+            ["datamodule.protocols.goals.rewards=[top]"],
+            1,
+            ["Unknown task 'top' of overdrive: expected one of"],
+        ),
         (["trainer.accelerator=gpu"], 2, ["trainer: ", "gpu"]),
         (["ckpt_path=last"], 1, ["ckpt_path=last: expected a run of fb_overdrive in", "found none"]),
         (["ckpt_path=nowhere.ckpt"], 1, ["ckpt_path=nowhere.ckpt: expected a run's folder or a checkpoint"]),
@@ -86,7 +91,9 @@ def copy(half, tmp_path):
 
 def test_checkpoint_of_other_sizes(program, half):
     path = half / CHECKPOINT
-    assert_refused(program, half, ["module.features=32"], f"ckpt_path={path}: The checkpoint's forward_map", "expected [")
+    assert_refused(
+        program, half, ["module.features=32"], f"ckpt_path={path}: The checkpoint's forward_map", "expected ["
+    )
 
 
 def test_checkpoint_of_another_method(program, copy):
@@ -126,5 +133,5 @@ def test_diverging_run_keeps_its_last_good_checkpoint(program, copy):
 
 def test_traceback_is_shown_when_asked_for(program, one_arm, tmp_path, monkeypatch):
     monkeypatch.setenv("TENFOLD_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="no multiple"):
+    with pytest.raises(InstantiationException, match="no multiple"):
         program(*one_arm, f"output_root={tmp_path}", "module.updates=122")

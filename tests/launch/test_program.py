@@ -2,12 +2,9 @@
 
 import csv
 
-import pytest
-
 from callbacks.results import Films
 from datamodules.environments.batched_mujoco import BatchedMujocoEnv
 from datamodules.evaluation import EvaluationTask
-from launch.wandb_logger import logged_in, wandb_logger
 
 
 def test_help_lists_the_experiments_with_their_duration(program):
@@ -32,43 +29,38 @@ def test_every_run_of_a_sweep_has_a_folder_of_its_own(program, one_arm, tmp_path
     assert "Seeds [1]" in again.out
 
 
-@pytest.fixture
-def without_account(monkeypatch, tmp_path):
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_MODE", "")  # set by the logger: forgotten after the test
-    monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+WANDB = """
+import os, sys
+from pathlib import Path
+from launch.wandb_logger import logged_in, wandb_logger
+folder = Path(sys.argv[1])
+os.environ["NETRC"] = str(folder / "netrc")
+assert not logged_in()
+os.environ["WANDB_BASE_URL"] = "https://wandb.example.org"
+(folder / "netrc").write_text("machine wandb.example.org login user password " + "0" * 40)
+assert logged_in()
+os.environ["WANDB_BASE_URL"] = "https://other.example.org"
+assert not logged_in()
+os.environ["WANDB_API_KEY"] = "0" * 40
+assert logged_in()
+del os.environ["WANDB_API_KEY"]
+first, again, other = (wandb_logger("tenfold", "name", folder / name).experiment.id for name in "aab")
+assert first == again != other
+"""
 
 
-@pytest.mark.usefixtures("without_account")
-def test_wandb_is_offline_without_an_account(tmp_path, monkeypatch):
-    assert not logged_in()
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    assert logged_in()
-    monkeypatch.delenv("WANDB_API_KEY")
-    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    (tmp_path / "netrc").write_text("machine wandb.example.org login user password " + "0" * 40)
-    (tmp_path / "netrc").chmod(0o600)
-    assert logged_in()
-    monkeypatch.setenv("WANDB_BASE_URL", "https://other.example.org")
-    assert not logged_in()
-
-
-@pytest.mark.usefixtures("without_account")
-def test_wandb_keeps_the_run_when_it_is_resumed(tmp_path):
-    first, again = (wandb_logger("tenfold", "name", tmp_path / "a") for _ in range(2))
-    other = wandb_logger("tenfold", "name", tmp_path / "b")
-    assert first.version == again.version != other.version
-
-
-@pytest.mark.usefixtures("without_account")
-def test_wandb_logs_offline_beside_the_csv_files(program, two_arms, tmp_path, capfd):
-    finished = program(*two_arms, f"output_root={tmp_path}", "module.updates=40", "logger=wandb")
-    assert (finished.code, finished.err) == (0, "")
-    printed = capfd.readouterr()
-    assert "wandb" not in (printed.out + printed.err + finished.out.lower())
+def test_wandb_logs_offline_without_an_account(spawn, two_arms, run_program, tmp_path):
+    # In processes of their own: wandb replaces the streams of the process that imports it.
+    environment = {"NETRC": str(tmp_path / "none"), "WANDB_API_KEY": ""}
+    process = spawn(*two_arms, f"output_root={tmp_path}/runs", "module.updates=40", "logger=wandb", **environment)
+    units = run_program("-c", WANDB, str(tmp_path), WANDB_API_KEY="")
+    assert units.returncode == 0, units.stderr
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    assert "wandb:" not in out
+    (folder,) = (tmp_path / "runs" / "fb_overdrive").iterdir()
     for arm in ("fb_narrow", "fb_aw_narrow"):
-        run = finished.folder / arm / "seed_0"
+        run = folder / arm / "seed_0"
         assert list((run / "wandb").glob("offline-run-*/run-*.wandb"))
         with open(run / "train.csv") as file:
             assert len(list(csv.reader(file))) == 9

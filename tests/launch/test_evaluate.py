@@ -1,0 +1,90 @@
+"""evaluate.py, as a person uses it."""
+
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+from launch.errors import run_reporting_errors
+from launch.recipes import check_targets
+
+
+@pytest.fixture(scope="module")
+def run_folder(program, one_arm, tmp_path_factory) -> Path:
+    finished = program(*one_arm, f"output_root={tmp_path_factory.mktemp('evaluate')}", "module.updates=40")
+    assert finished.code == 0, finished.err
+    return finished.folder
+
+
+def call(*arguments: str) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    argv, sys.argv = sys.argv, ["evaluate.py", *arguments]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = run_reporting_errors(evaluate.main)
+    finally:
+        sys.argv = argv
+    return code, out.getvalue(), err.getvalue()
+
+
+def test_scores_draws_and_films_a_checkpoint(run_folder):
+    code, out, err = call(f"ckpt_path={run_folder}", "episodes=3", "seconds=1")
+    assert (code, err) == (0, "")
+    folder = Path(out.strip().splitlines()[-1])
+    written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert {"results.json", "rewards.png", "contact_sheet.png", "goals_centre.mp4"} <= written
+    metrics = json.loads((folder / "results.json").read_text())["metrics"]
+    assert len(metrics["goals/score"]) == 3
+    # The run's own final evaluation met the same starts and inferred its tasks from the same samples.
+    own = json.loads((run_folder / "fb_aw_narrow" / "seed_0" / "results.json").read_text())["metrics"]
+    assert metrics["goals/score"] == pytest.approx(own["goals/score"], abs=1e-6)
+
+
+def test_a_reward_of_ones_own_is_inferred_and_scored(run_folder):
+    code, out, err = call(
+        f"ckpt_path={run_folder}", "reward=x > 0.5 and tolerance(y, -0.2, 0.2, 0.1) > 0.5", "episodes=2", "seconds=1"
+    )
+    assert (code, err) == (0, "")
+    assert "goals/reward/return" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["reward=hight > 1"], "unknown name 'hight'; available: effort, x, y"),
+        (["reward=x >"], "not a valid expression"),
+        (["protocol=sitting"], "Unknown protocol=sitting: expected one of goals."),
+        (["rewards=x"], "Unknown argument rewards: expected one of ckpt_path"),
+    ],
+)
+def test_wrong_input_is_one_sentence(run_folder, arguments, message):
+    code, _, err = call(f"ckpt_path={run_folder}", *arguments)
+    assert code == 1
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_missing_and_foreign_checkpoints(tmp_path):
+    assert "expected a checkpoint or a folder with one" in call(f"ckpt_path={tmp_path}")[2]
+    foreign = tmp_path / "foreign.ckpt"
+    torch.save({"weights": torch.zeros(3)}, foreign)
+    assert "expected a checkpoint of this project, found another file" in call(f"ckpt_path={foreign}")[2]
+    assert "ckpt_path is missing" in call()[2]
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"module": {"_target_": "os.system", "command": "true"}},
+        {"module": {"_target_": "components.x", "inner": [{"_target_": "builtins.eval"}]}},
+        {"module": {"_target_": "hydra.utils.get_method", "path": "os.system"}},
+    ],
+)
+def test_a_checkpoint_calls_nothing_outside_of_the_project(recipe):
+    with pytest.raises(ValueError, match="expected a recipe of this project's classes, found"):
+        check_targets(recipe, Path("a.ckpt"))

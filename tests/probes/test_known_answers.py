@@ -1,0 +1,91 @@
+"""Tiny problems whose answers are known in closed form: do the methods find them?"""
+
+from functools import partial
+
+import torch
+from tensordict import TensorDict
+
+from components.actor_objectives import AdvantageWeighted, DeterministicPolicyGradient
+from components.forward_backward import BackwardMap, ForwardMap, ZConditionedActor, sample_sphere
+from datamodules.environments.overdrive import OverdriveEnv, OverdriveTask, overdrive_dataset
+from datamodules.offline import OfflineDataModule
+from lightning_modules.forward_backward import ForwardBackward
+
+STATES, DISCOUNT = 6, 0.8
+
+
+def agent(observation_dim, features, updates, discount, **settings):
+    torch.manual_seed(0)
+    defaults = {
+        "actor_objective": AdvantageWeighted(value_samples=1),
+        "forward_map": partial(ForwardMap, hidden_dim=64, gain=1.0),
+        "backward_map": partial(BackwardMap, hidden_dim=64),
+        "actor": partial(ZConditionedActor, hidden_dim=64),
+        "learning_rate": 1e-3,
+        "backward_learning_rate": 1e-3,
+        "actor_learning_rate": 1e-3,
+        "target_rate": 0.02,
+    }
+    return ForwardBackward(
+        observation_dim, 2, features=features, updates=updates, discount=discount, **{**defaults, **settings}
+    )
+
+
+def test_successor_measure_of_a_random_walk_is_recovered_to_five_percent():
+    """A lazy random walk on a ring that no action influences: M = P (1 - discount P)^{-1} for every policy."""
+    ring = torch.eye(STATES)
+    transition = 0.5 * ring + 0.25 * ring.roll(1, 1) + 0.25 * ring.roll(-1, 1)
+    exact = transition @ torch.linalg.inv(torch.eye(STATES) - DISCOUNT * transition) * STATES  # density: rho = 1/STATES
+    module = agent(STATES, STATES, 1200, DISCOUNT, orthonormality=0.1)
+    generator = torch.Generator().manual_seed(0)
+    for update in range(1200):
+        for optimizer in module._optimizers:  # anneal: what is left of the error is the noise of sampled pairs
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 * min(1.0, 2 * (1 - update / 1200))
+        state = torch.randint(STATES, (256,), generator=generator)
+        arrived = torch.multinomial(transition[state], 1, generator=generator).squeeze(1)
+        module.update(
+            TensorDict(
+                {
+                    "observation": ring[state],
+                    "action": 2 * torch.rand(256, 2, generator=generator) - 1,
+                    "next": {"observation": ring[arrived], "terminated": torch.zeros(256, 1, dtype=torch.bool)},
+                },
+                batch_size=[256],
+            )
+        )
+    with torch.no_grad():
+        z, actions = sample_sphere((64, STATES)), 2 * torch.rand(64, 2) - 1
+        states = torch.arange(STATES).repeat_interleave(64)
+        forward = module.forward_map(ring[states], z.repeat(STATES, 1), actions.repeat(STATES, 1)).mean(0)
+        density = (forward @ module.backward_map(ring)[0].T).unflatten(0, (STATES, 64))
+    error = (density - exact.unsqueeze(1)).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert error < 0.05
+    torch.testing.assert_close(density.mean(), torch.tensor(1 / (1 - DISCOUNT)), rtol=0.02, atol=0)
+
+
+def overdrive_score(coverage, objective, updates=400):
+    module = agent(2, 16, updates, 0.9, actor_objective=objective)
+    data = OfflineDataModule(
+        partial(overdrive_dataset, coverage, 400),
+        OverdriveEnv,
+        {"goals": {"rewards": ["top_right", "top_left", "bottom_left", "bottom_right", "centre"]}},
+        batch_size=256,
+        updates_per_step=1,
+        evaluate_every=updates,
+        inference_samples=5000,
+        task=OverdriveTask,
+    )
+    data.setup("fit")
+    transitions = data.dataset.data
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(updates):
+        module.update(transitions[torch.randint(len(transitions), (256,), generator=generator)])
+    (task,) = data.evaluation_tasks(10)
+    metrics = task.metrics(module.evaluate(task))
+    return sum(metrics["goals/score"]) / 10
+
+
+def test_advantage_weighting_reaches_goals_that_the_policy_gradient_misses_on_narrow_data():
+    assert overdrive_score("narrow", AdvantageWeighted()) > 0.15
+    assert overdrive_score("narrow", DeterministicPolicyGradient()) < 0.1
