@@ -205,8 +205,9 @@ class OfflineDataModule(L.LightningDataModule):
         returns = self.dataset.episode_returns(self._rewards(self.dataset.data, list(rewards.values())))
         top = dict(zip(rewards, returns.max(0).values.tolist()))
         for name, protocol in self.protocols.items():
-            best.update({f"{name}/{reward}/return": [top[reward]] for reward in _named(protocol)})
-        return {"random policy": random, "best episode in the data": best}
+            found = {f"{name}/{reward}/return": [top[reward]] for reward in _named(protocol)}
+            best.update({metric: values for metric, values in found.items() if metric in random})
+        return {"random policy": random} | ({"best episode in the data": best} if best else {})
 
 
 def _named(protocol: Mapping[str, Any]) -> dict[str, str]:

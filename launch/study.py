@@ -132,9 +132,9 @@ def _check(checkpoint: Path, module: L.LightningModule) -> int:
 
 
 def run_config(run: Run, overrides: list[str]) -> DictConfig:
-    """The configuration of one arm with one seed: the experiment's, then the user's overrides, then the arm's."""
+    """The configuration of one arm with one seed: the experiment's, then the arm's overrides, then the user's."""
     arms = compose("train", overrides).arms
-    config = compose("train", [*overrides, *(arms[run.arm] if arms else []), f"seed={run.seed}"])
+    config = compose("train", [*(arms[run.arm] if arms else []), *overrides, f"seed={run.seed}"])
     config.run_dir = str(run.folder)
     config.arm = run.arm
     return config
