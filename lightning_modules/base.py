@@ -32,6 +32,7 @@ class LearningMethod(L.LightningModule, ABC):
         updates: updates of the whole run.
         updates_per_step: updates in one Lightning step.
         log_every: updates between two records of the mean training metrics.
+        anneal_from: share of the run after which every learning rate falls linearly, to zero at its end; 1 keeps them.
         compile: None for eager execution, ``default`` for `torch.compile`, ``cudagraphs`` for `torch.compile` captured
             in a CUDA graph (the same as ``default`` where there is no GPU).
 
@@ -40,7 +41,13 @@ class LearningMethod(L.LightningModule, ABC):
     """
 
     def __init__(
-        self, *, updates: int, updates_per_step: int = 1, log_every: int = 100, compile: str | None = None
+        self,
+        *,
+        updates: int,
+        updates_per_step: int = 1,
+        log_every: int = 100,
+        anneal_from: float = 1.0,
+        compile: str | None = None,
     ) -> None:
         super().__init__()
         if compile not in COMPILE_MODES:
@@ -48,8 +55,11 @@ class LearningMethod(L.LightningModule, ABC):
         for name, value in (("updates", updates), ("log_every", log_every)):
             if value % updates_per_step:
                 raise ValueError(f"{name}={value} is no multiple of updates_per_step={updates_per_step}.")
+        if not 0.0 <= anneal_from <= 1.0:
+            raise ValueError(f"anneal_from={anneal_from}: expected a share of the run from 0 to 1.")
         self.automatic_optimization = False
         self.total_updates = updates
+        self.anneal_from = anneal_from
         self.updates_per_step = updates_per_step
         self.log_every = log_every
         self.compile_mode = compile
@@ -79,17 +89,21 @@ class LearningMethod(L.LightningModule, ABC):
 
     def register_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Have an optimiser saved and restored with the run."""
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
         self._optimizers.append(optimizer)
         return optimizer
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         return self._optimizers
 
+    @torch.compiler.disable
     def minimise(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """One step of `optimizer` on `loss`, its gradient averaged over processes.
 
         The gradient is taken with respect to the optimiser's own parameters only: nothing is accumulated elsewhere, and
-        nothing has to be zeroed or frozen.
+        nothing has to be zeroed or frozen. Compilation leaves it out: what comes before and after becomes one graph
+        each, the backward pass of a compiled loss is compiled with it, and a fused optimiser has nothing to gain.
         """
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         gradients = torch.autograd.grad(loss, parameters)
@@ -97,6 +111,18 @@ class LearningMethod(L.LightningModule, ABC):
         for parameter, gradient in zip(parameters, gradients):
             parameter.grad = gradient
         optimizer.step()
+
+    def _anneal(self) -> None:
+        """Set the learning rates of this instant of the run."""
+        if self.anneal_from == 1:
+            return
+        left = min(1.0, (1 - self.updates / self.total_updates) / (1 - self.anneal_from))
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                if isinstance(group["lr"], Tensor):  # a captured graph reads it where it lies
+                    group["lr"].fill_(left * group["initial_lr"])
+                else:
+                    group["lr"] = left * group["initial_lr"]
 
     def run_update(self, batch: TensorDict) -> TensorDict:
         """`update`, compiled as asked for."""
@@ -110,6 +136,7 @@ class LearningMethod(L.LightningModule, ABC):
                 for optimizer in self._optimizers:
                     for group in optimizer.param_groups:
                         group["capturable"] = True
+                        group["lr"] = torch.as_tensor(group["lr"], device=self.device)
                 self._compiled_update = CudaGraphModule(self._compiled_update)
         return self._compiled_update(batch)
 
@@ -117,6 +144,7 @@ class LearningMethod(L.LightningModule, ABC):
 
     def training_step(self, batch: TensorDict, batch_idx: int) -> None:
         assert batch.shape[0] == self.updates_per_step
+        self._anneal()
         for index in range(self.updates_per_step):
             metrics = self.run_update(batch[index])
             values = torch.stack([value.detach().float() for value in metrics.values()])

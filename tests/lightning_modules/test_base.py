@@ -25,8 +25,8 @@ CHECKPOINTS = [2, 4, 6, 8, 10, 12, 14, 16, 18, 20]
 class Toy(LearningMethod):
     """A regression whose every update draws from all random streams."""
 
-    def __init__(self, width: int = 3, updates: int = TOTAL) -> None:
-        super().__init__(updates=updates, updates_per_step=2, log_every=4)
+    def __init__(self, width: int = 3, updates: int = TOTAL, anneal_from: float = 1.0) -> None:
+        super().__init__(updates=updates, updates_per_step=2, log_every=4, anneal_from=anneal_from)
         self.net = nn.Linear(width, 1)
         self.optimizer = self.register_optimizer(torch.optim.Adam(self.net.parameters(), lr=0.1))
         self.train_starts = 0
@@ -183,6 +183,22 @@ def test_run_that_is_extended_goes_on(whole, tmp_path):
     assert equal(extended.optimizer.state_dict(), longer.optimizer.state_dict())
 
 
+def test_learning_rates_fall_linearly_to_the_end_of_the_run(whole, tmp_path):
+    rates = {}
+
+    class Observed(Toy):
+        def update(self, batch):
+            rates[self.updates] = self.optimizer.param_groups[0]["lr"]
+            return super().update(batch)
+
+    L.seed_everything(0, verbose=False)
+    annealed = fit(tmp_path / "annealed", Observed(anneal_from=0.4))
+    resumed = fit(tmp_path / "resumed", Observed(anneal_from=0.4), tmp_path / "annealed" / "14" / "last.ckpt")
+    assert rates == pytest.approx({u: 0.1 * min(1.0, (20 - u) / 12) for u in range(0, 20, 2)})
+    assert equal(resumed.state_dict(), annealed.state_dict())
+    assert not equal(resumed.state_dict(), load_checkpoint(whole / "last.ckpt")["state_dict"])
+
+
 def test_how_often_a_run_is_evaluated_does_not_change_what_it_learns(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(__import__("sys").modules[__name__], "EVALUATE_EVERY", 4)
     assert equal(fit(tmp_path, fresh()).state_dict(), load_checkpoint(whole / "last.ckpt")["state_dict"])
@@ -228,6 +244,12 @@ def test_checkpoint_of_another_method_is_refused(whole):
 def test_checkpoint_of_other_sizes_is_refused_in_one_sentence(whole):
     with pytest.raises(ValueError, match=r"^The checkpoint's net.weight is \[1, 3\], expected \[1, 4\]\.$"):
         Toy(width=4).on_load_checkpoint(load_checkpoint(whole / "last.ckpt"))
+
+
+@pytest.mark.parametrize("anneal_from", [-0.1, 1.5])
+def test_annealing_begins_within_the_run(anneal_from):
+    with pytest.raises(ValueError, match=f"anneal_from={anneal_from}: expected a share of the run from 0 to 1"):
+        Toy(anneal_from=anneal_from)
 
 
 @pytest.mark.parametrize("settings", [{"updates": 3}, {"updates": 4, "log_every": 3}])
