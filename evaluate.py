@@ -7,15 +7,15 @@ PATH is a checkpoint, a run's folder, or `last`. EXPRESSION is written over the 
 all.
 """
 
+import math
 import sys
 import time
-from pathlib import Path
+from typing import Any
 
 import lightning as L
-from omegaconf import OmegaConf
 
 from callbacks.results import Films, Results, RewardCurves
-from launch.errors import run_reporting_errors
+from launch.errors import CommandLineError, run_reporting_errors
 from launch.recipes import find_checkpoint, rebuild
 from launch.report import metrics_table
 from launch.study import quieten
@@ -30,25 +30,50 @@ DEFAULTS = {
 }
 
 
+def parse(arguments: list[str]) -> dict[str, Any]:
+    """The arguments key=value over their defaults, numbers where the default is one.
+
+    Raises:
+        CommandLineError: an argument is unknown, malformed or missing.
+    """
+    given = dict(DEFAULTS)
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals or key not in DEFAULTS:
+            raise CommandLineError(
+                f"Unknown argument {argument}: expected key=value, key one of {', '.join(DEFAULTS)}."
+            )
+        kind = type(DEFAULTS[key])
+        if kind not in (int, float):
+            given[key] = text
+            continue
+        try:
+            given[key] = kind(text)
+        except ValueError:
+            given[key] = 0
+        if not 0 < given[key] < math.inf:
+            raise CommandLineError(f"{argument}: expected a {'whole ' * (kind is int)}number above 0.")
+    if given["ckpt_path"] is None:
+        raise CommandLineError("ckpt_path is missing: expected a checkpoint, a run's folder, or last.")
+    return given
+
+
 def main() -> None:
     if any(argument in ("-h", "--help") for argument in sys.argv[1:]):
         print(__doc__)
         return
-    given = OmegaConf.from_cli(sys.argv[1:])
-    if unknown := set(given) - set(DEFAULTS):
-        raise ValueError(f"Unknown argument {sorted(unknown)[0]}: expected one of {', '.join(DEFAULTS)}.")
-    config = OmegaConf.merge(DEFAULTS, given)
-    if config.ckpt_path is None:
-        raise ValueError("ckpt_path is missing: expected a checkpoint, a run's folder, or last.")
+    given = parse(sys.argv[1:])
     quieten()
-    path = find_checkpoint(config.ckpt_path, config.output_root)
+    path = find_checkpoint(given["ckpt_path"], given["output_root"])
     module, datamodule, recipe = rebuild(path)
-    datamodule.choose_tasks(config.protocol, config.reward)
-    datamodule.episodes = config.episodes
+    datamodule.choose_tasks(given["protocol"], given["reward"])
+    datamodule.episodes = given["episodes"]
     print(f"Evaluating {path} ({recipe['experiment']}, {module.updates} updates).", flush=True)
 
-    folder = Path(path).resolve().parent.parent / "evaluations" / time.strftime("%Y-%m-%d_%H-%M-%S")
-    callbacks = [Results(folder), RewardCurves(folder), Films(folder, seconds=config.seconds)]
+    beside = path.resolve().parent
+    run = beside.parent if beside.name == "checkpoints" else beside
+    folder = run / "evaluations" / time.strftime("%Y-%m-%d_%H-%M-%S")
+    callbacks = [RewardCurves(folder), Films(folder, seconds=given["seconds"]), Results(folder)]
     trainer = L.Trainer(
         accelerator="auto",
         devices=1,

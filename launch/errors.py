@@ -35,6 +35,10 @@ class Stopped(BaseException):
         self.code = code
 
 
+class CommandLineError(ValueError):
+    """A wrong command line; its text is the sentence to show."""
+
+
 class _Escaped(BaseException):
     """Carries an error past Hydra, which would print a line of its own about it."""
 
@@ -112,6 +116,8 @@ def _report(error: BaseException) -> tuple[int, str] | None:
         cause = f": {_one_line(error.__cause__)}" if error.__cause__ is not None else ""
         return 2, f"{_one_line(error)}{cause}."
     if isinstance(error, HydraException | OmegaConfBaseException):
+        return 2, f"{_one_line(error)}."
+    if isinstance(error, CommandLineError):
         return 2, f"{_one_line(error)}."
     if isinstance(error, ValueError | FileNotFoundError):
         return 1, f"{_one_line(error)}."

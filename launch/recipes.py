@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 
 from launch.checkpoints import LAST, load_checkpoint
 
-# A checkpoint may come from anybody: nothing outside of the project is called on its word.
+# A checkpoint may come from anybody: nothing outside of the project is called on its word. A name alone proves little,
+# since Hydra would follow it through a module of the project into whatever that module imports.
 TRUSTED = ("callbacks.", "components.", "datamodules.", "lightning_modules.")
 LOOK_UPS = ("hydra.utils.get_class", "hydra.utils.get_method")
 
@@ -53,10 +54,20 @@ def check_targets(node: Any, path: Path) -> None:
     if isinstance(node, Mapping):
         target = node.get("_target_")
         called = node.get("path") if target in LOOK_UPS else target
-        if target is not None and not str(called).startswith(TRUSTED):
+        if target is not None and not _is_ours(str(called)):
             raise ValueError(f"ckpt_path={path}: expected a recipe of this project's classes, found {called}.")
         for value in node.values():
             check_targets(value, path)
     elif isinstance(node, list | tuple):
         for value in node:
             check_targets(value, path)
+
+
+def _is_ours(name: str) -> bool:
+    if not name.startswith(TRUSTED):
+        return False
+    try:
+        found = get_object(name)
+    except Exception:  # Hydra raises what importing raises
+        return False
+    return str(getattr(found, "__module__", "")).startswith(TRUSTED)

@@ -59,12 +59,31 @@ def test_a_reward_of_ones_own_is_inferred_and_scored(run_folder):
         (["reward=hight > 1"], "unknown name 'hight'; available: effort, x, y"),
         (["reward=x >"], "not a valid expression"),
         (["protocol=sitting"], "Unknown protocol=sitting: expected one of goals."),
-        (["rewards=x"], "Unknown argument rewards: expected one of ckpt_path"),
+        (["reward=x > 30"], "is 0 in all of"),
+        (["reward=1"], "says nothing"),
     ],
 )
 def test_wrong_input_is_one_sentence(run_folder, arguments, message):
     code, _, err = call(f"ckpt_path={run_folder}", *arguments)
     assert code == 1
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rewards=x"], "Unknown argument rewards=x: expected key=value, key one of ckpt_path"),
+        (["reward"], "Unknown argument reward: expected key=value"),
+        (["episodes=abc"], "episodes=abc: expected a whole number above 0."),
+        (["episodes=0"], "episodes=0: expected a whole number above 0."),
+        (["seconds=inf"], "seconds=inf: expected a number above 0."),
+        (["ckpt_path=x", "ckpt_path"], "Unknown argument ckpt_path: expected key=value"),
+    ],
+)
+def test_wrong_command_line_is_one_sentence(run_folder, arguments, message):
+    code, _, err = call(f"ckpt_path={run_folder}", *arguments)
+    assert code == 2
     assert message in err
     assert err.count("\n") == 1
 
@@ -83,6 +102,8 @@ def test_missing_and_foreign_checkpoints(tmp_path):
         {"module": {"_target_": "os.system", "command": "true"}},
         {"module": {"_target_": "components.x", "inner": [{"_target_": "builtins.eval"}]}},
         {"module": {"_target_": "hydra.utils.get_method", "path": "os.system"}},
+        {"module": {"_target_": "components.ema.torch.load", "f": "x", "weights_only": False}},
+        {"module": {"_target_": "components.ema.torch.hub.load", "repo_or_dir": "x", "model": "x"}},
     ],
 )
 def test_a_checkpoint_calls_nothing_outside_of_the_project(recipe):
