@@ -36,8 +36,8 @@ class Results(L.Callback):
         self._metrics.update(batch.metrics(outputs))
 
     @rank_zero_only
-    def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if not self._metrics:
+    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        if stage != "test" or not self._metrics:  # after pictures and films, which others make when the test ends
             return
         results = {"updates": module.updates, "seconds": round(module.elapsed(), 1), "metrics": self._metrics}
         write_json(self.folder / "results.json", results)

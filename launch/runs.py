@@ -3,6 +3,8 @@
 from datetime import datetime
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 RUN_FILE = "run.yaml"
 """Marks the folder of a run; holds the overrides it was started with."""
 
@@ -20,14 +22,16 @@ def run_folder(output_root: str, name: str, ckpt_path: str | None) -> str:
 
 
 def resumed_folder(output_root: str, name: str, ckpt_path: str) -> Path:
-    """The folder of the run that `ckpt_path` means: `last`, a run's folder, or a checkpoint in one."""
+    """The folder of the run that `ckpt_path` means: `last` (of sweeps too), a run's folder, or a checkpoint in one."""
     if ckpt_path == "last":
-        runs = sorted((Path(output_root) / name).glob(f"*/{RUN_FILE}"), key=lambda path: path.parent.name)
+        root = Path(output_root)
+        runs = {(run.parent.name, 0): run for run in (root / name).glob(f"*/{RUN_FILE}")}
+        for run in root.glob(f"sweep/*/*/{RUN_FILE}"):
+            if f"experiment={name}" in OmegaConf.load(run).overrides:
+                runs[run.parent.parent.name, int(run.parent.name)] = run
         if not runs:
-            raise FileNotFoundError(
-                f"ckpt_path=last: expected a run of {name} in {Path(output_root) / name}, found none."
-            )
-        return runs[-1].parent.resolve()
+            raise FileNotFoundError(f"ckpt_path=last: expected a run of {name} in {root / name}, found none.")
+        return runs[max(runs)].parent.resolve()
     path = Path(ckpt_path).resolve()
     if not path.exists():
         raise FileNotFoundError(

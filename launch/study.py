@@ -12,13 +12,14 @@ from pathlib import Path
 import lightning as L
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from launch.checkpoints import LAST, load_checkpoint
-from launch.errors import Stopped
+from launch.errors import CommandLineError, Stopped
 from launch.files import write_json, write_text
 from launch.report import REFERENCES, write_report
 from launch.runs import RUN_FILE
@@ -59,6 +60,10 @@ def run_study(config: DictConfig) -> None:
 
 def _run_study(folder: Path, overrides: list[str]) -> None:
     config = compose("train", overrides)
+    if config.ckpt_path is not None and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise CommandLineError(
+            f"ckpt_path={config.ckpt_path}: expected without -m; a sweep's runs are resumed one by one, by folder."
+        )
     runs = list(_runs(config, folder))
     started_from = _checkpoint_argument(config, runs)
     configs = {run: run_config(run, overrides) for run in runs}
@@ -71,8 +76,7 @@ def _run_study(folder: Path, overrides: list[str]) -> None:
             own = started_from is not None and run.folder in started_from.parents
             parts = build(run, configs[run], started_from if own else run.checkpoint)
             _remember(folder, overrides)  # now that they are known to make sense
-            train(*parts)
-            _measure_references(parts[2], folder)
+            train(*parts, folder)
             del parts  # or its data would stay in memory while the next are built
     except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns Ctrl-C into the latter
         message = f"Stopped. Go on with: python train.py experiment={config.name} ckpt_path={folder}"
@@ -103,10 +107,11 @@ def build(
 
 
 def train(
-    trainer: L.Trainer, module: L.LightningModule, datamodule: L.LightningDataModule, resume: Path | None
+    trainer: L.Trainer, module: L.LightningModule, datamodule: L.LightningDataModule, resume: Path | None, study: Path
 ) -> None:
-    """Train and evaluate one arm with one seed."""
+    """Train and evaluate one arm with one seed; the results, written last, mark it as finished."""
     trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
+    _measure_references(datamodule, study)
     trainer.test(module, datamodule=datamodule, verbose=False)
 
 
