@@ -9,6 +9,11 @@ MODES = ("softmax", "iwis")
 MAX_PROBABILITY = 1.0 - 1e-3  # keeps the odds p / (1 - p) finite when one sample has all the weight
 
 
+def sqrt_scaled(beta: float, features: int) -> float:
+    """The temperature beta * sqrt(features): rewards that task vectors stand for have standard deviation sqrt(d)."""
+    return beta * math.sqrt(features)
+
+
 def advantage_weights(advantage: Tensor, temperature: float, mode: str = "softmax", renormalise: bool = True) -> Tensor:
     """Batch weights that favour actions of high advantage: [N] -> [N], no gradient.
 
