@@ -28,10 +28,11 @@ from lightning_modules.base import LearningMethod
 ROWS = 100_000
 
 
-def make_module(experiment: str, overrides: list[str], device: torch.device) -> tuple[LearningMethod, int]:
-    """The experiment's method on `device`, and its batch size."""
+def make_module(experiment: str, arm: str, overrides: list[str], device: torch.device) -> tuple[LearningMethod, int]:
+    """The method of an experiment's arm on `device`, and its batch size."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", [f"experiment={experiment}", *overrides])
+        arms = compose("train", [f"experiment={experiment}"]).arms
+        config = compose("train", [f"experiment={experiment}", *arms.get(arm, []), *overrides])
     torch.manual_seed(0)
     config.module.updates_per_step = OmegaConf.to_container(config.datamodule, resolve=False)["updates_per_step"]
     return instantiate(config.module, observation_dim=67, action_dim=21).to(device), config.datamodule.batch_size
@@ -108,14 +109,14 @@ def interleaved(measures: dict[str, Callable[[], float]], rounds: int) -> dict[s
     return {name: median(values) for name, values in results.items()}
 
 
-def report(experiment: str, overrides: list[str], title: str, device: torch.device, rounds: int, updates: int) -> None:
+def report(experiment: str, arm: str, title: str, device: torch.device, rounds: int, updates: int) -> None:
     data = make_data(device)
-    module, batch_size = make_module(experiment, overrides, device)
+    module, batch_size = make_module(experiment, arm, [], device)
     batches = list(UniformBatches(data, batch_size, 1, 0, 32, seed=0))
     batches = [batch[0] for batch in batches]
     modes = {"compiled": "default"} | ({"CUDA graphs": "cudagraphs"} if device.type == "cuda" else {})
     compiled = {
-        name: make_module(experiment, [*overrides, f"module.compile={mode}"], device)[0] for name, mode in modes.items()
+        name: make_module(experiment, arm, [f"module.compile={mode}"], device)[0] for name, mode in modes.items()
     }
     for other in (module, *compiled.values()):
         time_bare(other, batches, 12)  # warm up, and compile
@@ -138,12 +139,13 @@ def main() -> None:
     arguments = parser.parse_args()
     quieten()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    td3 = ["module/actor_objective=td3", "module.backward_map.blocks=1"]
-    report("fb_humanoid", [], "FB-AWARE as in fb_humanoid", device, arguments.rounds, arguments.updates)
-    report("fb_humanoid", td3, "FB as in fb_humanoid", device, arguments.rounds, arguments.updates)
+    report("fb_humanoid", "fb_aware", "FB-AWARE as in fb_humanoid", device, arguments.rounds, arguments.updates)
+    report("fb_humanoid", "fb", "FB as in fb_humanoid", device, arguments.rounds, arguments.updates)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-        report("paper/fb_humanoid", [], "FB-AWARE at paper size, TF32", device, arguments.rounds, arguments.updates)
+        report(
+            "paper/fb_humanoid", "fb_aware", "FB-AWARE at paper size, TF32", device, arguments.rounds, arguments.updates
+        )
 
 
 if __name__ == "__main__":
