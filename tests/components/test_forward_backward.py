@@ -204,26 +204,24 @@ def test_without_discount_the_minimiser_is_the_one_step_density():
     torch.testing.assert_close(minimiser @ (rho * reward), transition @ reward)
 
 
-def test_sampled_loss_has_the_expected_gradient():
-    """Averaged over many batches, the gradient at the exact measure of a finite process vanishes."""
-    transition, rho, measure, discount = finite_process(states=4)
+def test_gradient_of_the_loss_vanishes_at_the_exact_successor_measure():
+    """`fb_loss` itself, averaged over many batches of a finite process whose state distribution is stationary."""
+    transition, _, measure, discount = finite_process(states=4)
+    rho = torch.linalg.matrix_power(transition, 200)[0]
     table = (measure / rho).float().requires_grad_()
     generator = torch.Generator().manual_seed(1)
-    total = torch.zeros_like(table)
-    for _ in range(200):
+    wrong = (2 * table.detach()).requires_grad_()
+    total, total_wrong = torch.zeros_like(table), torch.zeros_like(table)
+    for _ in range(300):
         state = torch.multinomial(rho.float(), 512, replacement=True, generator=generator)
         arrived = torch.multinomial(transition[state].float(), 1, generator=generator).squeeze(1)
-        # Columns must follow rho, as they do when rho is the distribution of next states: weight them to it.
-        column_weight = (rho / (rho @ transition)).float()[arrived]
-        forward = table[state][None]
         one_hot = nn.functional.one_hot(arrived, 4).float()[None]
-        target_rows = (measure / rho).float()[arrived][None]
-        residual = successor_density(forward, one_hot)[0, 0] - discount * successor_density(target_rows, one_hot)[0, 0]
-        off_pairs = residual.detach() * column_weight
-        surrogate = (off_pairs * successor_density(forward, one_hot)[0, 0]).fill_diagonal_(0).sum() / (512 * 511)
-        diagonal = -successor_density(forward, one_hot)[0, 0].diagonal().mean()
-        total += torch.autograd.grad(surrogate + diagonal, table)[0] / 200
+        for density, gradient in ((table, total), (wrong, total_wrong)):
+            forward, target = density[state][None], density.detach()[arrived][None]
+            loss = fb_loss(forward, one_hot, target, one_hot, torch.full((512, 1), discount))
+            gradient += torch.autograd.grad(loss.off_diagonal + loss.diagonal, density)[0] / 300
     assert total.abs().max() < 0.01
+    assert total_wrong.abs().max() > 0.05
 
 
 # -- projections, orthonormality, sampling --------------------------------------------------------------------------

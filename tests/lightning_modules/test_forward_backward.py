@@ -42,10 +42,10 @@ def test_update_changes_every_network_and_gives_finite_metrics(small_agent, tran
 
 def test_representation_step_reaches_f_and_b_only(small_agent, transitions):
     agent = small_agent(blocks=2)
-    z = sample_sphere((4, 8)).repeat_interleave(8, 0).requires_grad_()
-    observation, action, next_observation, discount, _, next_action = inputs(agent, transitions())
+    observation, action, next_observation, discount, z, next_action = inputs(agent, transitions())
+    assert not z.requires_grad  # though half of the task vectors are features of the batch's states
     next_action = next_action.clone().requires_grad_()
-    loss, _ = agent.representation_loss(observation, action, next_observation, discount, z.detach(), next_action)
+    loss, _ = agent.representation_loss(observation, action, next_observation, discount, z, next_action)
     loss.backward()
     assert all(parameter.grad is not None for parameter in agent.forward_map.parameters())
     assert all(parameter.grad is not None for parameter in agent.backward_map.parameters())
@@ -147,6 +147,18 @@ def test_best_of_many_samples_is_not_worse_than_the_mean_action(small_agent, tra
     assert values[0] > values[1]
 
 
+def test_loaded_agent_infers_the_same_task_vectors(small_agent, transitions, tmp_path):
+    agent, other = small_agent(blocks=2), small_agent(blocks=2)
+    agent.update(transitions())
+    torch.save(agent.state_dict(), tmp_path / "weights")
+    other.load_state_dict(torch.load(tmp_path / "weights", weights_only=True))
+    states = transitions()["next", "observation"]
+    reward = torch.rand(len(states), 3)
+    assert torch.equal(agent.infer(states, reward), other.infer(states, reward))
+    goal = states[:1]
+    torch.testing.assert_close(agent.goal_z(goal), agent.infer(goal.expand(5, -1), torch.ones(5, 1)))
+
+
 def test_policy_reads_observation_and_z(small_agent, transitions):
     agent = small_agent()
     batch = transitions().select("observation").set("z", sample_sphere((32, 8)))
@@ -195,7 +207,10 @@ def test_cuda_graph_updates_equal_eager_ones(small_agent, transitions):
         torch.manual_seed(1)
         for seed in range(40):
             metrics = agent.run_update(transitions(seed=seed).cuda())
+            if seed in (19, 39):  # warm-up and capture are over by then
+                weights.append(torch.cat([parameter.flatten() for parameter in agent.parameters()]).clone())
         assert all(torch.isfinite(value) for value in metrics.values())
-        weights.append(torch.cat([parameter.flatten() for parameter in agent.parameters()]))
-    assert weights[0].shape == weights[1].shape
-    assert (weights[0] - weights[1]).abs().max() < 0.05  # other random numbers, the same learning rate and count
+    eager, captured = weights[1] - weights[0], weights[3] - weights[2]
+    # Other random numbers, but the same rule on the same data: replays go on learning, as fast and the same way.
+    assert 0.5 < captured.norm() / eager.norm() < 2
+    assert torch.cosine_similarity(eager, captured, dim=0) > 0.3
