@@ -6,6 +6,8 @@ from typing import Any
 import lightning as L
 import torch
 
+from components.checks import check_counts
+
 
 class Checkpoint(L.Callback):
     """Keeps the newest checkpoint of a run in `folder/last.ckpt`.
@@ -20,10 +22,15 @@ class Checkpoint(L.Callback):
     """
 
     def __init__(self, folder: str, every: int) -> None:
+        check_counts(checkpoint_every=every)
         self.path = Path(folder) / "last.ckpt"
         self.every = every
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self.every % module.updates_per_step:
+            raise ValueError(
+                f"checkpoint_every={self.every} is no multiple of updates_per_step={module.updates_per_step}."
+            )
         for logger in trainer.loggers:
             if hasattr(logger, "rewind"):
                 logger.rewind(module.updates)

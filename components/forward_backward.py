@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from components.checks import check_counts
 from components.ensemble import RELU_GAIN, EnsembleLayerNorm, EnsembleLinear, orthogonal_, pessimistic_mean
 
 
@@ -104,6 +105,7 @@ class BackwardMap(nn.Module):
 
     def __init__(self, observation_dim: int, features: int, hidden_dim: int = 256, blocks: int = 1) -> None:
         super().__init__()
+        check_counts(blocks=blocks)
         if features % blocks:
             raise ValueError(f"features={features} can't be split in blocks={blocks} blocks of equal size.")
         self.features = features
@@ -323,9 +325,11 @@ def orthonormality_loss(backward: Tensor) -> Tensor:
     exactly twice this. The sum over pairs is the squared norm of the d x d matrix B^T B.
     """
     count = backward.shape[-2]
-    norms = backward.square().sum(-1)
-    squared = (backward.mT @ backward).square().sum((-2, -1)) - norms.square().sum(-1)
-    return (0.5 * squared / (count * (count - 1)) - norms.mean(-1)).mean()
+    with torch.autocast(backward.device.type, enabled=False):
+        backward = _at_least_single(backward)
+        norms = backward.square().sum(-1)
+        squared = (backward.mT @ backward).square().sum((-2, -1)) - norms.square().sum(-1)
+        return (0.5 * squared / (count * (count - 1)) - norms.mean(-1)).mean()
 
 
 def implicit_reward(backward: Tensor, own: Tensor, z: Tensor) -> Tensor:

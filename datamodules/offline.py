@@ -11,6 +11,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from components.checks import check_counts
 from components.distributed import world_size
 from datamodules.environments.measured import MeasuredEnv
 from datamodules.evaluation import EvaluationTask, EvaluationTasks
@@ -58,6 +59,14 @@ class OfflineDataModule(L.LightningDataModule):
         on_device: bool = True,
     ) -> None:
         super().__init__()
+        check_counts(
+            batch_size=batch_size,
+            updates_per_step=updates_per_step,
+            evaluate_every=evaluate_every,
+            episodes=episodes,
+            curve_episodes=curve_episodes,
+            inference_samples=inference_samples,
+        )
         if evaluate_every % updates_per_step:
             raise ValueError(f"evaluate_every={evaluate_every} is no multiple of updates_per_step={updates_per_step}.")
         self._make_dataset = dataset
@@ -77,7 +86,7 @@ class OfflineDataModule(L.LightningDataModule):
         self._inference_cache: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
         env = self._reference_env = environment(num_envs=1, seed=self.evaluation_seed)
         for protocol in self.protocols.values():  # a typing error shows before anything is collected or trained
-            env.rewards(torch.zeros(1, env.measurement_size), list(_named(protocol).values()))
+            env.check_tasks(list(_named(protocol).values()))
 
     @property
     def spec(self) -> dict[str, int]:
@@ -98,7 +107,9 @@ class OfflineDataModule(L.LightningDataModule):
         if self.dataset is not None:
             return
         self.dataset = self._make_dataset()
-        spec = self.spec
+        spec, domain = self.spec, self._reference_env.domain_name
+        if self.dataset.domain != domain:
+            raise ValueError(f"The data set is of {self.dataset.domain}, expected {domain} as the environment.")
         for name, found in (("observation", self.dataset.observation_dim), ("action", self.dataset.action_dim)):
             if found != spec[f"{name}_dim"]:
                 raise ValueError(
@@ -130,13 +141,18 @@ class OfflineDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         assert self.dataset is not None
-        return {"data": self.dataset.manifest.get("files", {})}
+        return {"data": self._fingerprint()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse to go on with other data than the run began with."""
         assert self.dataset is not None
-        if state_dict["data"] != self.dataset.manifest.get("files", {}):
+        if state_dict["data"] != self._fingerprint():
             raise ValueError("The data set is not the one that the checkpoint's run was trained on.")
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What tells data apart: the checksums of stored files, the recipe of data that are made anew each time."""
+        assert self.dataset is not None
+        return self.dataset.manifest.get("files") or self.dataset.manifest
 
     # -- tasks --------------------------------------------------------------------------------------------------------
 
@@ -151,7 +167,7 @@ class OfflineDataModule(L.LightningDataModule):
                 raise ValueError(f"Unknown protocol={protocol}: expected one of {', '.join(self.protocols)}.")
             self.protocols = {protocol: self.protocols[protocol]}
         if reward is not None:
-            self._reference_env.rewards(torch.zeros(1, self._reference_env.measurement_size), [reward])
+            self._reference_env.check_tasks([reward])
             self.protocols = {name: {**own, "rewards": {"reward": reward}} for name, own in self.protocols.items()}
 
     def evaluation_tasks(self, episodes: int) -> list[EvaluationTask]:
@@ -168,7 +184,11 @@ class OfflineDataModule(L.LightningDataModule):
         return self._make_task(name, rewards, make_env, episodes, lambda: self.samples(tuple(rewards.values())))
 
     def samples(self, expressions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """States [n, O] drawn from the data's next states and the rewards [n, T] of arriving there."""
+        """States [n, O] drawn from the data's next states and the rewards [n, T] of arriving there.
+
+        Raises:
+            ValueError: a reward is the same in all of them.
+        """
         key = tuple(expressions)
         if key not in self._inference_cache:
             assert self.dataset is not None
@@ -176,7 +196,14 @@ class OfflineDataModule(L.LightningDataModule):
             count = len(self.dataset)
             index = torch.randperm(count, generator=generator)[: self.inference_samples]
             rows = self.dataset.data[index]
-            self._inference_cache[key] = rows["next", "observation"].clone(), self._rewards(rows, expressions)
+            rewards = self._rewards(rows, expressions)
+            for expression, reward in zip(expressions, rewards.T):
+                if (reward == reward[0]).all():
+                    raise ValueError(
+                        f"The reward {expression!r} is {reward[0]:g} in all of {len(reward)} sampled states of the "
+                        "data: expected one that differs between them, or it says nothing about what to do."
+                    )
+            self._inference_cache[key] = rows["next", "observation"].clone(), rewards
         return self._inference_cache[key]
 
     def _rewards(self, rows: TensorDictBase, expressions: Sequence[str]) -> Tensor:

@@ -14,8 +14,9 @@ from components.distributed import rank
 class UniformBatches:
     """Yields stacks of batches, [updates_per_step, batch_size] transitions drawn uniformly with replacement.
 
-    The indices of update u are a function of (seed, rank, u) alone: a run that resumes at an update sees the very
-    batches that the uninterrupted run would have seen, and every process of a parallel run has a stream of its own.
+    The indices of update u are a function of (seed, rank, u) and the shape of the stack alone: a run that resumes at an
+    update sees the very batches that the uninterrupted run would have seen, and every process of a parallel run has a
+    stream of its own.
 
     Attributes:
         data: transitions [n], on any device.

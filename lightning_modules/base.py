@@ -13,6 +13,7 @@ from tensordict import TensorDict
 from tensordict.nn import CudaGraphModule
 from torch import Tensor
 
+from components.checks import check_counts
 from components.distributed import average_, rank, world_size
 
 COMPILE_MODES = (None, "default", "cudagraphs")
@@ -52,6 +53,7 @@ class LearningMethod(L.LightningModule, ABC):
         super().__init__()
         if compile not in COMPILE_MODES:
             raise ValueError(f"Unknown compile={compile!r}: expected one of {', '.join(map(str, COMPILE_MODES))}.")
+        check_counts(updates=updates, updates_per_step=updates_per_step, log_every=log_every)
         for name, value in (("updates", updates), ("log_every", log_every)):
             if value % updates_per_step:
                 raise ValueError(f"{name}={value} is no multiple of updates_per_step={updates_per_step}.")
@@ -70,6 +72,7 @@ class LearningMethod(L.LightningModule, ABC):
             None  # what the run was composed of: rebuilds the method without its folder
         )
         self._optimizers: list[torch.optim.Optimizer] = []
+        self._learning_rates: list[list[float]] = []  # as configured: those in the optimisers change, and are loaded
         self._compiled_update: Any = None
         self._metric_names: list[str] = []
         self._metric_sum: Tensor | None = None
@@ -89,9 +92,8 @@ class LearningMethod(L.LightningModule, ABC):
 
     def register_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Have an optimiser saved and restored with the run."""
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
         self._optimizers.append(optimizer)
+        self._learning_rates.append([group["lr"] for group in optimizer.param_groups])
         return optimizer
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -114,15 +116,15 @@ class LearningMethod(L.LightningModule, ABC):
 
     def _anneal(self) -> None:
         """Set the learning rates of this instant of the run."""
-        if self.anneal_from == 1:
-            return
-        left = min(1.0, (1 - self.updates / self.total_updates) / (1 - self.anneal_from))
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
+        annealed = 1 - self.anneal_from
+        left = 1 - self.updates / self.total_updates
+        factor = left / annealed if left < annealed else 1.0
+        for optimizer, rates in zip(self._optimizers, self._learning_rates):
+            for group, rate in zip(optimizer.param_groups, rates):
                 if isinstance(group["lr"], Tensor):  # a captured graph reads it where it lies
-                    group["lr"].fill_(left * group["initial_lr"])
+                    group["lr"].fill_(factor * rate)
                 else:
-                    group["lr"] = left * group["initial_lr"]
+                    group["lr"] = factor * rate
 
     def run_update(self, batch: TensorDict) -> TensorDict:
         """`update`, compiled as asked for."""
@@ -227,6 +229,7 @@ class LearningMethod(L.LightningModule, ABC):
         if world_size() > 1:
             for tensor in self.state_dict().values():
                 torch.distributed.broadcast(tensor, src=0)
+        self._metric_sum = _on(self.device, self._metric_sum)
         states = self._process_states
         if states is not None and len(states) == world_size():
             set_random_state(states[rank()]["random"])

@@ -15,6 +15,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
 from components.actor_objectives import Objective
+from components.checks import check_counts
 from components.distributed import gather_rows, rank
 from components.ema import polyak_update
 from components.ensemble import pessimistic_mean
@@ -98,6 +99,7 @@ class ForwardBackward(LearningMethod):
         **loop: Any,
     ) -> None:
         super().__init__(**loop)
+        check_counts(features=features, groups=groups)
         for name, value, known in (
             ("orthonormality_convention", orthonormality_convention, tuple(ORTHONORMALITY_SCALE)),
             ("goal_key", goal_key, ("next_observation", "observation")),
@@ -221,7 +223,7 @@ class ForwardBackward(LearningMethod):
         parts = fb_loss(
             forward, backward, target_forward, target_backward, discount, self.measure_pessimism, offset, within
         )
-        orthonormality = orthonormality_loss(backward.float())
+        orthonormality = orthonormality_loss(backward)
         loss = parts.off_diagonal + parts.diagonal + self.orthonormality * orthonormality
         metrics = {
             "fb_loss": (parts.off_diagonal + parts.diagonal).detach(),

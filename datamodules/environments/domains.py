@@ -254,6 +254,14 @@ HUMANOID = Domain(
         "right_hand_height": Quantity("height of the right hand above the floor (m)", _sensor("right_hand", 2)),
         "left_foot_height": Quantity("height of the left foot above the floor (m)", _sensor("left_foot", 2)),
         "right_foot_height": Quantity("height of the right foot above the floor (m)", _sensor("right_foot", 2)),
+        **{
+            f"{limb}_{axis}": Quantity(
+                f"position of the {limb.replace('_', ' ')} {words} of the trunk's centre, along its own axis (m)",
+                _sensor(f"{limb}_seen", component),
+            )
+            for limb in _HUMANOID_LIMBS
+            for component, (axis, words) in enumerate((("forward", "in front"), ("leftward", "to the left")))
+        },
         "torso_upright": Quantity("cosine of the trunk's tilt, 1 when vertical", _sensor("torso_vertical", 2)),
         "forward_lean": Quantity(
             "sine of the trunk's forward tilt, 1 when face down", lambda s: -s.sensors["torso_vertical"][:, 0]

@@ -41,7 +41,7 @@ class MeasuredEnv(EnvBase):
         """
         self.measurement_widths = dict(widths)
         self.measurement_size = sum(max(1, width) for width in widths.values())
-        self._tasks, self._domain_name = dict(tasks), domain
+        self._tasks, self.domain_name = dict(tasks), domain
         self._expressions: dict[str, RewardExpression] = {}
 
     def named(self, measurements: Tensor) -> dict[str, Tensor]:
@@ -51,6 +51,11 @@ class MeasuredEnv(EnvBase):
             name: part if width else part.squeeze(-1)
             for (name, width), part in zip(self.measurement_widths.items(), parts)
         }
+
+    def check_tasks(self, tasks: Sequence[str]) -> None:
+        """Raise the ValueError that `rewards` would raise for these tasks, whatever the measurements."""
+        for task in tasks:
+            self._expression(task)
 
     def rewards(self, measurements: Tensor, tasks: Sequence[str]) -> Tensor:
         """Rewards [m, T] of T tasks (names or expressions) for flat measurements [m, M].
@@ -65,7 +70,7 @@ class MeasuredEnv(EnvBase):
         if task not in self._expressions:
             if task not in self._tasks and task.isidentifier() and task not in self.measurement_widths:
                 raise ValueError(
-                    f"Unknown task {task!r} of {self._domain_name}: expected one of {', '.join(self._tasks)}, or an "
+                    f"Unknown task {task!r} of {self.domain_name}: expected one of {', '.join(self._tasks)}, or an "
                     f"expression over {', '.join(self.measurement_widths)}."
                 )
             self._expressions[task] = RewardExpression(self._tasks.get(task, task), self.measurement_widths)
@@ -83,7 +88,7 @@ class MeasuredEnv(EnvBase):
         """
         if ("next", "physics") not in transitions.keys(True):
             raise ValueError(
-                f"The data set of {self._domain_name} has no physics: expected the simulator's states, from which "
+                f"The data set of {self.domain_name} has no physics: expected the simulator's states, from which "
                 "rewards are computed."
             )
         return self.relabel(transitions["next", "physics"], transitions["action"])

@@ -185,4 +185,6 @@ def overdrive_dataset(coverage: str, episodes: int = 1000, seed: int = 0) -> Tra
         },
         batch_size=shape,
     )
-    return TransitionDataset(data.flatten(), {"domain": "overdrive", "coverage": coverage, "seed": seed})
+    return TransitionDataset(
+        data.flatten(), {"domain": "overdrive", "coverage": coverage, "episodes": episodes, "seed": seed}
+    )
