@@ -20,8 +20,8 @@ def humanoid_dataset(
     rows: int = 128,
     steps: int = 1000,
     shares: Mapping[str, float] | None = None,
-    max_noise: float = 0.35,
-    bursts: tuple[int, int] = (10, 50),
+    max_noise: float = 0.5,
+    bursts: tuple[int, int] = (1, 15),
     fallen_height: float = 0.6,
     fallen_steps: int = 100,
     seed: int = 0,
@@ -54,7 +54,7 @@ def humanoid_dataset(
 
     recipe = {
         "domain": "humanoid",
-        "version": 4,  # to be raised when the same settings make other data
+        "version": 7,  # to be raised when the same settings make other data
         "seed": seed,
         "shards": shards,
         "rows": rows,

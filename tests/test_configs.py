@@ -138,6 +138,7 @@ SWITCHES = {
     "module.actor_objective.value_samples=10": "actor_objective.value_samples",
     "module.actor_objective.pessimism=0.0": "actor_objective.pessimism",
     "module.evaluation_samples=50": "evaluation_samples",
+    "module.anneal_from=0.5": "anneal_from",
     "module.evaluation_pessimism=0.0": "evaluation_pessimism",
     "module.measure_pessimism=0.5": "measure_pessimism",
     "module.forward_map.members=3": "forward_map.head.0.weight",

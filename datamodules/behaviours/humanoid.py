@@ -104,13 +104,16 @@ class Repertoire:
 
 def _random_posture(rng: np.random.Generator) -> Posture:
     def arm() -> tuple[float, float, float]:
-        # a point between two of the three known arm postures, slightly off
-        ends = np.array([ARM_REST, ARM_RAISED, ARM_LOWERED])[rng.integers(3, size=2)]
+        # raised as often as not, else a point between two of the three known arm postures; slightly off
+        known = np.array([ARM_REST, ARM_RAISED, ARM_LOWERED])
+        ends = known[[1, 1] if rng.random() < 0.5 else rng.integers(3, size=2)]
         return tuple(ends[0] + rng.random() * (ends[1] - ends[0]) + rng.normal(size=3) * 0.1)
 
+    # half of them as tall as the lean of the trunk allows: what the arms do is seen apart from how low the body is
     pitch = rng.uniform(-0.1, 0.7)
     tallest = 1.45 - 0.3 * max(pitch, 0.0)
-    return Posture(rng.uniform(1.05, tallest), pitch, rng.uniform(-0.2, 0.2), rng.uniform(-0.6, 0.6), arm(), arm())
+    height = rng.uniform(1.05 if rng.random() < 0.5 else tallest - 0.05, tallest)
+    return Posture(height, pitch, rng.uniform(-0.2, 0.2), rng.uniform(-0.6, 0.6), arm(), arm())
 
 
 @lru_cache(maxsize=1)
@@ -176,6 +179,16 @@ class Episodes:
     source: Tensor
 
 
+def _arrivals(begin: float, poses: int, seconds: float) -> list[float]:
+    """Control steps at which a move passes its second to its last pose, evenly spaced as they are.
+
+    It sets off at once and arrives slowly, as 1 - (1 - x)^2: the action that begins a move differs from the one that
+    stays, so that what is to be learned from the data does not hide in their noise.
+    """
+    progress = 1 - np.sqrt(1 - np.linspace(0, 1, poses))
+    return [begin + float(p) * seconds / CONTROL_SECONDS for p in progress[1:]]
+
+
 class _Rows(nn.Module):
     """The first rows balance, the others explore."""
 
@@ -197,13 +210,15 @@ class HumanoidBehaviours:
             starts on the feet and `explore_floor` in the air in dm_control's random position, both with actions that
             know nothing of the body.
         max_noise: the control noise of a balancing row is drawn between 0 and this.
+        bursts: when it comes, see `BalanceController`. Single strong kicks, well apart, push the body off its way as
+            noise all the time does, and leave most actions as the controller chose them.
     """
 
     def __init__(
         self,
         shares: Mapping[str, float] | None = None,
-        max_noise: float = 0.35,
-        bursts: tuple[int, int] = (10, 50),
+        max_noise: float = 0.5,
+        bursts: tuple[int, int] = (1, 15),
     ) -> None:
         self.shares = shares or {"hold": 0.25, "move": 0.55, "explore_upright": 0.1, "explore_floor": 0.1}
         if unknown := set(self.shares) - set(SOURCES):
@@ -258,24 +273,20 @@ class HumanoidBehaviours:
         while times[-1] < steps:
             knots.append(place)
             times.append(times[-1] + rng.uniform(0.25, 2.5) / CONTROL_SECONDS)
-            if place == 0:  # most moves go to a posture with a name
-                first, last = (1, repertoire.named) if rng.random() < 0.7 else (repertoire.named, repertoire.keys)
+            if place == 0:  # half of the moves go to a posture with a name
+                first, last = (1, repertoire.named) if rng.random() < 0.5 else (repertoire.named, repertoire.keys)
                 target = int(rng.integers(first, last))
             else:
                 target = 0 if rng.random() < 0.5 else int(rng.choice(repertoire.neighbours[place]))
-            passed = repertoire.moves[place, target]
-            # slow at both ends: the smooth step 3 x^2 - 2 x^3, solved for x at evenly spaced poses
-            even = np.linspace(0, 1, len(passed))
-            progress = 0.5 - np.sin(np.arcsin(1 - 2 * even) / 3)
-            arrivals = times[-1] + progress * rng.uniform(0.5, 3.0) / CONTROL_SECONDS
+            passed, seconds = repertoire.moves[place, target], rng.uniform(0.4, 1.6)
             if rng.random() < 0.2:  # turns back half-way
-                middle = len(passed) // 2 + 1
-                there, back = passed[1:middle], passed[: middle - 1][::-1]
-                pause = arrivals[middle - 1] + rng.uniform(0.25, 2.5) / CONTROL_SECONDS
-                knots += [*there, there[-1], *back]
-                times += [*arrivals[1:middle], pause, *(pause + (arrivals[middle - 1] - arrivals[: middle - 1])[::-1])]
+                there = passed[: len(passed) // 2 + 1]
+                knots += [*there[1:], there[-1], *there[-2::-1]]
+                times += _arrivals(times[-1], len(there), seconds / 2)
+                times.append(times[-1] + rng.uniform(0.25, 2.5) / CONTROL_SECONDS)
+                times += _arrivals(times[-1], len(there), seconds / 2)
             else:
                 knots += passed[1:]
-                times += [*arrivals[1:]]
+                times += _arrivals(times[-1], len(passed), seconds)
                 place = target
         return knots, [float(t) for t in times]
