@@ -6,9 +6,10 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from components.actor_objectives import AdvantageWeighted, DeterministicPolicyGradient
+from launch.recipes import check_targets
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 EXPERIMENTS = sorted(
@@ -34,6 +35,8 @@ def composed(*overrides: str) -> DictConfig:
 def narrow_agent(transitions, *overrides: str):
     """The agent of a configuration with narrow networks, after one update on random data of the right shape."""
     config = composed(*overrides, *NARROW)
+    for part in ("module", "datamodule"):  # a checkpoint of it can be rebuilt
+        check_targets(OmegaConf.to_container(config[part], resolve=True), Path("last.ckpt"))
     spec = instantiate(config.datamodule).spec
     module = instantiate(config.module, **spec)
     rows = 2 * config.module.groups
@@ -191,9 +194,11 @@ def agent_value(agent: object, path: str) -> object:
     return agent.shape if isinstance(agent, torch.Tensor) else agent
 
 
-def test_temperature_of_sqrt_d():
-    config = composed("experiment=paper/fb_walker", "module/actor_objective=advantage_weighted_sqrt_d", *NARROW)
-    assert instantiate(config.module.actor_objective).temperature == 8.0
+def test_temperature_of_sqrt_d(transitions):
+    overrides = ("experiment=fb_walker", "module/actor_objective=advantage_weighted_sqrt_d", "module.features=64")
+    assert narrow_agent(transitions, *overrides).actor_objective.temperature == 8.0
+    scaled = composed(*overrides, "module.actor_objective.temperature.beta=0.5")
+    assert instantiate(scaled.module.actor_objective).temperature == 4.0
 
 
 def test_behaviour_cloning_beside_the_policy_gradient(transitions):

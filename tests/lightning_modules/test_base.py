@@ -3,6 +3,7 @@
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -234,6 +235,13 @@ def test_weights_that_are_not_finite_are_never_saved(whole, tmp_path):
     with pytest.raises(ValueError, match=r"net.bias is not finite after 2 updates"):
         fit(tmp_path, method)
     assert not (tmp_path / "last.ckpt").exists()
+
+
+def test_checkpoints_are_taken_after_whole_steps(tmp_path):
+    with pytest.raises(ValueError, match="checkpoint_every=3 is no multiple of updates_per_step=2"):
+        Checkpoint(str(tmp_path), 3).on_train_start(SimpleNamespace(loggers=[]), fresh())
+    with pytest.raises(ValueError, match="checkpoint_every=0: expected at least 1"):
+        Checkpoint(str(tmp_path), 0)
 
 
 def test_checkpoint_of_another_method_is_refused(whole):
