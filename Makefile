@@ -4,9 +4,10 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help train test test-slow test-gpu lint format bench lock
+.PHONY: help install train test test-slow test-gpu lint format bench lock
 
 help:
+	@echo "make install    set up .venv from requirements.lock"
 	@echo "make train      set up, then python train.py experiment=fb_humanoid (ARGS=... adds overrides)"
 	@echo "make test       set up, then run the tests"
 	@echo "make test-slow  long trainings and repetitions"
@@ -18,6 +19,8 @@ help:
 
 train: $(INSTALLED)
 	$(RUN) train.py experiment=fb_humanoid $(ARGS)
+
+install: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(RUN) -m pytest $(ARGS)

@@ -1,9 +1,9 @@
 """Score, draw and film a checkpoint, for the tasks of its experiment or for a reward of your own.
 
-    python evaluate.py ckpt_path=PATH [reward=EXPRESSION] [protocol=NAME] [episodes=10] [seconds=10]
+    python evaluate.py ckpt_path=PATH [reward=EXPRESSION] [protocol=NAME] [episodes=10] [seconds=10, of the films]
 
 PATH is a checkpoint, a run's folder, or `last`. EXPRESSION is written over the environment's named quantities, such as
-"head_height < 1.1 and torso_upright > 0.9" or "tolerance(left_hand_height, 1.5, inf, 0.3)"; a wrong name lists them
+"head_height < 1.25 and torso_upright > 0.9" or "tolerance(left_hand_height, 1.5, inf, 0.3)"; a wrong name lists them
 all.
 """
 
@@ -16,6 +16,7 @@ import lightning as L
 
 from callbacks.results import Films, Results, RewardCurves
 from launch.errors import CommandLineError, run_reporting_errors
+from launch.files import write_json
 from launch.recipes import find_checkpoint, rebuild
 from launch.report import metrics_table
 from launch.study import quieten
@@ -85,6 +86,7 @@ def main() -> None:
         inference_mode=False,
     )
     trainer.test(module, datamodule=datamodule, verbose=False)
+    write_json(folder / "evaluation.json", {**given, "ckpt_path": str(path)})
     print(metrics_table(folder / "results.json"))
     print(folder)
 

@@ -111,7 +111,7 @@ def _report(error: BaseException) -> tuple[int, str] | None:
             key = unknown.group(1)
             return (
                 2,
-                f"Unknown key {key}: expected one of the configuration.{_hint(key, known_keys(_given_experiment()))}",
+                f"Unknown key {key}: expected one of this experiment's.{_hint(key, known_keys(_given_experiment()))}",
             )
         cause = f": {_one_line(error.__cause__)}" if error.__cause__ is not None else ""
         return 2, f"{_one_line(error)}{cause}."

@@ -74,8 +74,11 @@ def _markdown(
     lines += [f"Training took {_times(runs)}.", ""]
     if curves:
         lines += [f"![learning curves]({curves})", ""]
-    for sheet in sorted(folder.rglob("contact_sheet.png")):
-        lines += [f"![films]({sheet.relative_to(folder)})", ""]
+    for run in runs:
+        sheet = run.folder / "films" / "contact_sheet.png"
+        if sheet.exists():
+            lines += [f"Films of {run.arm}, seed {run.seed}, moments of the first episode:", ""]
+            lines += [f"![films of {run.arm}, seed {run.seed}]({sheet.relative_to(folder)})", ""]
     return "\n".join(lines)
 
 

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
+from components.checks import check_counts
 from launch.checkpoints import LAST, load_checkpoint
 from launch.errors import CommandLineError, Stopped
 from launch.files import write_json, write_text
@@ -64,6 +65,7 @@ def _run_study(folder: Path, overrides: list[str]) -> None:
         raise CommandLineError(
             f"ckpt_path={config.ckpt_path}: expected without -m; a sweep's runs are resumed one by one, by folder."
         )
+    check_counts(num_seeds=config.num_seeds)
     runs = list(_runs(config, folder))
     started_from = _checkpoint_argument(config, runs)
     configs = {run: run_config(run, overrides) for run in runs}
