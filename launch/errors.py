@@ -14,8 +14,6 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
-from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
 from launch.experiments import experiment_names, known_keys
@@ -61,10 +59,12 @@ def run_reporting_errors(main: Callable[[], None]) -> int:
     try:
         main()
     except Stopped as stop:
-        rank_zero_only(print)(stop, file=sys.stderr)
+        if _is_first_process():
+            print(stop, file=sys.stderr)
         return stop.code
     except KeyboardInterrupt:
-        rank_zero_only(print)("Interrupted.", file=sys.stderr)
+        if _is_first_process():
+            print("Interrupted.", file=sys.stderr)
         return 130
     except (Exception, _Escaped) as raised:
         error = raised.__cause__ if isinstance(raised, _Escaped) else raised
@@ -78,6 +78,10 @@ def run_reporting_errors(main: Callable[[], None]) -> int:
     return 0
 
 
+def _is_first_process() -> bool:
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
 def _report(error: BaseException) -> tuple[int, str] | None:
     """Exit code and sentence of an error, or None if no user can have caused it."""
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
@@ -85,6 +89,8 @@ def _report(error: BaseException) -> tuple[int, str] | None:
         report = _report(error.__cause__)
         if report is not None:
             return report
+        from lightning.pytorch.utilities.exceptions import MisconfigurationException  # takes seconds: only if needed
+
         if isinstance(error.__cause__, TypeError | MisconfigurationException):  # an argument that does not fit
             return 2, f"{found.group(1) if found else 'The configuration'}: {_one_line(error.__cause__)}."
         return None
