@@ -2,7 +2,7 @@
 
 Both sides run the same collector and the same policy network, inference included, one after the other in one process:
 
-    python -m benchmarks.environment_speed --num-envs 128 --seconds 10
+    python -m benchmarks.environment_speed --num-envs 1024 --seconds 10
 """
 
 import argparse
@@ -63,7 +63,7 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-envs", type=int, default=128, help="environments in the batch (default 128)")
+    parser.add_argument("--num-envs", type=int, default=1024, help="environments in the batch (default 1024)")
     parser.add_argument("--seconds", type=float, default=10.0, help="measuring time per side (default 10)")
     parser.add_argument("--repeats", type=int, default=1, help="alternating measurements of both sides (default 1)")
     arguments = parser.parse_args()

@@ -144,8 +144,8 @@ class BatchSimulation:
         initial[:, 1:] = physics
         states = np.empty((rows, steps, self._state_size))
         readings = np.empty((rows, steps, model.nsensordata))
-        # Few large pieces: handing out single rows costs more than uneven rows do.
-        chunk = max(1, rows // (4 * self.num_threads))
+        # Handing out single rows costs time, and so does waiting at the end for a thread that got a large piece.
+        chunk = min(8, -(-rows // self.num_threads))
         self._pool.rollout(
             [model] * rows,
             self._data[id(model)],
