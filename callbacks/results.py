@@ -12,34 +12,19 @@ from launch.files import write_json
 
 
 class Results(L.Callback):
-    """Writes the final evaluation to `folder/results.json`: every metric's values, one for each episode.
+    """Writes the scores of the final evaluation to `folder/results.json`: every metric's values, one for each episode.
 
     The file marks a run as finished.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._metrics: dict[str, list[float]] = {}
-
-    def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._metrics = {}
-
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._metrics.update(batch.metrics(outputs))
 
     @rank_zero_only
     def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
-        if stage != "test" or not self._metrics:  # after pictures and films, which others make when the test ends
+        if stage != "test" or not module.scores:  # after pictures and films, which others make when the test ends
             return
-        results = {"updates": module.updates, "seconds": round(module.elapsed(), 1), "metrics": self._metrics}
+        results = {"updates": module.updates, "seconds": round(module.elapsed(), 1), "metrics": module.scores}
         write_json(self.folder / "results.json", results)
 
 

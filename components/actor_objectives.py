@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from components.distributed import gather_rows, own_rows, world_size
-from components.ensemble import pessimistic_mean
+from components.pessimism import pessimistic_mean
 from components.policies import ClippedGaussianPolicy
 from components.weighting import MODES, advantage_weights, effective_sample_size
 

@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+RELU_GAIN = math.sqrt(2.0)
+
 
 def orthogonal_(weight: Tensor, gain: float = 1.0) -> Tensor:
     """Fill `weight` [..., rows, columns] in place with (semi-)orthogonal matrices of the given gain."""
@@ -53,24 +55,98 @@ class EnsembleLayerNorm(nn.Module):
         return torch.addcmul(self.bias, normalised, self.weight)
 
 
-def pessimistic_mean(x: Tensor, pessimism: float) -> Tensor:
-    """Mean over the ensemble less `pessimism` times the mean absolute difference of two distinct members.
+class EnsembleSpectralLinear(EnsembleLinear):
+    """Linear layers whose matrices are kept at spectral norm 1: [P, N, in] -> [P, N, out].
 
-    mean_p x_p - pessimism * mean_{p != q} |x_p - x_q|, elementwise: [P, ...] -> [...]. For P = 2 a pessimism of 0.5 is
-    the minimum; for any P it is the average of min(x_p, x_q) over pairs (Cetin and Celiktutan, arXiv 2110.03375,
-    section 3; Touati et al., arXiv 2209.14935, use P = 2).
+    A projection, not a reparametrisation: each forward pass in training mode makes one step of power iteration for
+    every member and divides the stored matrix by the norm found, so that gradients are taken at the projected weights
+    and do not pass through the norm (the layer of "modern" critics, after Bjorck et al., arXiv 2106.01151). In
+    evaluation mode nothing changes.
     """
-    members = x.shape[0]
-    mean = x.mean(0)
-    if pessimism == 0 or members == 1:
-        return mean
-    if members == 2:
-        return mean - pessimism * (x[0] - x[1]).abs()
-    # Sorted members turn the O(P^2) sum of pairwise differences into one weighted sum: x_(k) is counted positively
-    # k times and negatively P - 1 - k times.
-    weights = 2.0 * torch.arange(members, device=x.device, dtype=x.dtype) - (members - 1)
-    spread = torch.tensordot(weights, x.sort(0).values, dims=1) * (2.0 / (members * (members - 1)))
-    return mean - pessimism * spread
+
+    def __init__(self, members: int, in_features: int, out_features: int, gain: float = 1.0) -> None:
+        super().__init__(members, in_features, out_features, gain)
+        start = torch.randn(members, out_features)
+        self.register_buffer("right", start / start.norm(dim=-1, keepdim=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.project()
+        return super().forward(x)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """One step of power iteration on the right singular vectors [P, out], then W <- W / sigma."""
+        left = torch.einsum("pio,po->pi", self.weight, self.right)
+        left /= left.norm(dim=-1, keepdim=True)
+        right = torch.einsum("pio,pi->po", self.weight, left)
+        sigma = right.norm(dim=-1, keepdim=True)
+        self.right.copy_(right / sigma)
+        self.weight.div_(sigma.unsqueeze(-1))
 
 
-RELU_GAIN = math.sqrt(2.0)
+class EnsembleMLP(nn.Sequential):
+    """P networks with ReLU between linear layers: [N, in] or [P, N, in] -> [P, N, out].
+
+    Args:
+        hidden_dim: width.
+        layers: hidden layers.
+        last_gain: gain of the orthogonal initialisation of the last layer; the others have that of ReLU.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        members: int = 1,
+        hidden_dim: int = 256,
+        layers: int = 2,
+        last_gain: float = 0.01 * RELU_GAIN,
+    ) -> None:
+        parts: list[nn.Module] = []
+        for _ in range(layers):
+            parts += [EnsembleLinear(members, in_features, hidden_dim, RELU_GAIN), nn.ReLU()]
+            in_features = hidden_dim
+        super().__init__(*parts, EnsembleLinear(members, in_features, out_features, last_gain))
+
+
+class ResidualBlock(nn.Module):
+    """x + W_2 relu(W_1 LayerNorm(x)), both matrices at spectral norm 1: [P, N, dim] -> [P, N, dim]."""
+
+    def __init__(self, members: int, dim: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            EnsembleLayerNorm(members, dim, eps=1e-3),
+            EnsembleSpectralLinear(members, dim, dim, RELU_GAIN),
+            nn.ReLU(),
+            EnsembleSpectralLinear(members, dim, dim, RELU_GAIN),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+class EnsembleResidualMLP(nn.Sequential):
+    """The "modern" P networks: linear, ReLU, residual blocks, linear: [N, in] or [P, N, in] -> [P, N, out].
+
+    Args:
+        hidden_dim: width.
+        blocks: residual blocks.
+        last_gain: gain of the orthogonal initialisation of the last layer.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        members: int = 1,
+        hidden_dim: int = 256,
+        blocks: int = 1,
+        last_gain: float = 0.01 * RELU_GAIN,
+    ) -> None:
+        super().__init__(
+            EnsembleLinear(members, in_features, hidden_dim, RELU_GAIN),
+            nn.ReLU(),
+            *(ResidualBlock(members, hidden_dim) for _ in range(blocks)),
+            EnsembleLinear(members, hidden_dim, out_features, last_gain),
+        )

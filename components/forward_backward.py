@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from components.checks import check_counts
-from components.ensemble import RELU_GAIN, EnsembleLayerNorm, EnsembleLinear, orthogonal_, pessimistic_mean
+from components.ensemble import RELU_GAIN, EnsembleLayerNorm, EnsembleLinear, orthogonal_
+from components.pessimism import pessimistic_mean
 
 
 def project_z(z: Tensor) -> Tensor:

@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from components.ensemble import pessimistic_mean
+from components.pessimism import pessimistic_mean
 
 
 def straight_through_clamp(x: Tensor, low: float, high: float) -> Tensor:
@@ -41,6 +41,42 @@ class ClippedGaussianPolicy:
         """Log-density of every action coordinate, [..., A]; sum or average over the last dimension as needed."""
         normaliser = math.log(self.std) + 0.5 * math.log(2 * math.pi)
         return -0.5 * ((action - self.mean) / self.std).square() - normaliser
+
+
+class TanhGaussianPolicy:
+    """tanh(u), u ~ N(mean, std^2): the policy of soft actor-critic agents.
+
+    Args:
+        mean, std: of u, [..., A].
+    """
+
+    def __init__(self, mean: Tensor, std: Tensor) -> None:
+        self.pre_tanh_mean = mean
+        self.std = std
+
+    @property
+    def mean(self) -> Tensor:
+        """The deterministic action tanh(mean), [..., A]."""
+        return self.pre_tanh_mean.tanh()
+
+    def sample(self) -> Tensor:
+        """Reparameterised actions [..., A]."""
+        return self.sample_with_log_prob()[0]
+
+    def sample_with_log_prob(self) -> tuple[Tensor, Tensor]:
+        """Reparameterised actions [..., A] and their log-densities [...]."""
+        u = self.pre_tanh_mean + self.std * torch.randn_like(self.pre_tanh_mean)
+        return u.tanh(), self._log_prob(u)
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """Log-densities [...] of actions [..., A] inside of (-1, 1)."""
+        return self._log_prob(action.atanh())
+
+    def _log_prob(self, u: Tensor) -> Tensor:
+        normal = -0.5 * (((u - self.pre_tanh_mean) / self.std).square() + math.log(2 * math.pi)) - self.std.log()
+        # log(1 - tanh(u)^2), finite for any u
+        correction = 2 * (math.log(2.0) - u - nn.functional.softplus(-2 * u))
+        return (normal - correction).sum(-1)
 
 
 def best_of(

@@ -3,7 +3,9 @@
 import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -73,18 +75,21 @@ class LearningMethod(L.LightningModule, ABC):
         )
         self._optimizers: list[torch.optim.Optimizer] = []
         self._learning_rates: list[list[float]] = []  # as configured: those in the optimisers change, and are loaded
-        self._compiled_update: Any = None
-        self._metric_names: list[str] = []
-        self._metric_sum: Tensor | None = None
-        self._metric_count = 0
+        self._compiled_updates: dict[tuple[tuple[str, bool], ...], Any] = {}
+        self._tallies: dict[tuple[str, ...], tuple[Tensor, int]] = {}  # sums and count of metrics that come together
+        self.scores: dict[str, list[float]] = {}
         self._clock: float | None = None
         self._process_states: list[dict[str, Any]] | None = None
 
     # -- the learning rule ----------------------------------------------------------------------------------------
 
     @abstractmethod
-    def update(self, batch: TensorDict) -> TensorDict:
-        """One update from one batch [N]; returns scalar metrics on the device."""
+    def update(self, batch: TensorDict, **due: bool) -> TensorDict:
+        """One update from one batch [N], with the parts that `schedule` says are due; scalar metrics on the device."""
+
+    def schedule(self) -> dict[str, bool]:
+        """Which parts of the next update are due, by name, for methods that make some of their steps more rarely."""
+        return {}
 
     @abstractmethod
     def evaluate(self, task: Any) -> Any:
@@ -100,8 +105,8 @@ class LearningMethod(L.LightningModule, ABC):
         return self._optimizers
 
     @torch.compiler.disable
-    def minimise(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """One step of `optimizer` on `loss`, its gradient averaged over processes.
+    def minimise(self, loss: Tensor, optimizer: torch.optim.Optimizer, max_norm: float | None = None) -> None:
+        """One step of `optimizer` on `loss`, its gradient averaged over processes and clipped to a global norm.
 
         The gradient is taken with respect to the optimiser's own parameters only: nothing is accumulated elsewhere, and
         nothing has to be zeroed or frozen. Compilation leaves it out: what comes before and after becomes one graph
@@ -112,6 +117,8 @@ class LearningMethod(L.LightningModule, ABC):
         average_(gradients)
         for parameter, gradient in zip(parameters, gradients):
             parameter.grad = gradient
+        if max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
         optimizer.step()
 
     def _anneal(self) -> None:
@@ -128,19 +135,21 @@ class LearningMethod(L.LightningModule, ABC):
 
     def run_update(self, batch: TensorDict) -> TensorDict:
         """`update`, compiled as asked for."""
+        due = self.schedule()
         if self.compile_mode is None:
-            return self.update(batch)
-        if self._compiled_update is None:
+            return self.update(batch, **due)
+        key = tuple(due.items())
+        if key not in self._compiled_updates:
             # Random numbers are drawn by the eager kernels, so that compiling does not change the run.
             torch._inductor.config.fallback_random = True
-            self._compiled_update = torch.compile(self.update)
+            self._compiled_updates[key] = torch.compile(partial(self.update, **due))
             if self.compile_mode == "cudagraphs" and self.device.type == "cuda":
                 for optimizer in self._optimizers:
                     for group in optimizer.param_groups:
                         group["capturable"] = True
                         group["lr"] = torch.as_tensor(group["lr"], device=self.device)
-                self._compiled_update = CudaGraphModule(self._compiled_update)
-        return self._compiled_update(batch)
+                self._compiled_updates[key] = CudaGraphModule(self._compiled_updates[key])
+        return self._compiled_updates[key](batch)
 
     # -- the Lightning step -----------------------------------------------------------------------------------------
 
@@ -149,42 +158,66 @@ class LearningMethod(L.LightningModule, ABC):
         self._anneal()
         for index in range(self.updates_per_step):
             metrics = self.run_update(batch[index])
-            values = torch.stack([value.detach().float() for value in metrics.values()])
-            if self._metric_sum is None:
-                self._metric_names, self._metric_sum = list(metrics.keys()), values.clone()
-            else:
-                self._metric_sum += values
-        self._metric_count += self.updates_per_step
-        self.updates += self.updates_per_step
+            self.tally(tuple(metrics.keys()), torch.stack([value.detach().float() for value in metrics.values()]), 1)
+            self.updates += 1
         if self.updates % self.log_every == 0:
             self._record_training_metrics()
         if self.updates >= self.total_updates:
             self.trainer.should_stop = True
 
+    def tally(self, names: tuple[str, ...], values: Tensor, count: int) -> None:
+        """Add to the training metrics `names` the sums `values` over `count` observations of each."""
+        if names in self._tallies:
+            total, counted = self._tallies[names]
+            total += values
+            self._tallies[names] = (total, counted + count)
+        else:
+            self._tallies[names] = (values.clone(), count)
+
     def _record_training_metrics(self) -> None:
         metrics = self.training_metrics()
-        self._metric_sum, self._metric_count = None, 0
+        self._tallies = {}
         self.record({f"train/{name}": value for name, value in metrics.items()})
         for name in self.progress_bar_metrics:
-            self.log(name, metrics[name], prog_bar=True, logger=False)
+            if name in metrics:
+                self.log(name, metrics[name], prog_bar=True, logger=False)
 
     progress_bar_metrics: tuple[str, ...] = ()
 
-    def _evaluate(self, task: Any) -> Any:
-        # Evaluation draws from a stream of its own: how often a run is evaluated does not change what it learns.
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Inside, networks are in evaluation mode and random numbers come from a stream of their own.
+
+        How often a run is evaluated thus does not change what it learns.
+        """
+        training = self.training
+        self.eval()
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(0)
-            return self.evaluate(task)
+            yield
+        self.train(training)
+
+    def add_scores(self, scores: Mapping[str, list[float]]) -> None:
+        """Scores of the evaluation going on, a value for each episode; callbacks may add theirs before it ends."""
+        self.scores.update(scores)
+
+    def _evaluate(self, task: Any) -> Any:
+        with self.evaluation():
+            result = self.evaluate(task)
+        self.add_scores(task.metrics(result))
+        return result
 
     def on_validation_epoch_start(self) -> None:
-        self._evaluated: dict[str, float] = {}
+        self.scores = {}
 
     def validation_step(self, task: Any, batch_idx: int) -> None:
-        metrics = task.metrics(self._evaluate(task))
-        self._evaluated.update({f"eval/{name}": sum(values) / len(values) for name, values in metrics.items()})
+        self._evaluate(task)
 
     def on_validation_epoch_end(self) -> None:
-        self.record(self._evaluated)
+        self.record({f"eval/{name}": sum(values) / len(values) for name, values in self.scores.items()})
+
+    def on_test_epoch_start(self) -> None:
+        self.scores = {}
 
     def test_step(self, task: Any, batch_idx: int) -> Any:
         return self._evaluate(task)
@@ -195,16 +228,23 @@ class LearningMethod(L.LightningModule, ABC):
         Raises:
             ValueError: if one is not finite, in any process.
         """
-        if self._metric_sum is None:
+        if not self._tallies:
             return {}
-        mean = self._metric_sum / self._metric_count
-        average_([mean])
-        metrics = dict(zip(self._metric_names, mean.tolist()))
+        sums: dict[str, Tensor] = {}
+        counts: dict[str, float] = {}
+        for names, (total, count) in self._tallies.items():
+            for name, value in zip(names, total.to(self.device)):
+                sums[name] = sums[name] + value if name in sums else value
+                counts[name] = counts.get(name, 0.0) + count
+        # Processes may have counted differently: means are taken of what all of them have seen.
+        both = torch.stack([torch.stack(list(sums.values())), torch.tensor(list(counts.values())).to(self.device)])
+        average_([both])
+        metrics = {name: total / count for name, total, count in zip(sums, *both.tolist()) if count}
         for name, value in metrics.items():
             if not np.isfinite(value):
                 raise ValueError(
-                    f"train/{name} became {value} between updates {self.updates - self._metric_count} and "
-                    f"{self.updates}: expected finite numbers; the last checkpoint was taken before and is intact."
+                    f"train/{name} became {value} by update {self.updates}: expected finite numbers; the last "
+                    "checkpoint was taken before and is intact."
                 )
         return metrics
 
@@ -229,11 +269,11 @@ class LearningMethod(L.LightningModule, ABC):
         if world_size() > 1:
             for tensor in self.state_dict().values():
                 torch.distributed.broadcast(tensor, src=0)
-        self._metric_sum = _on(self.device, self._metric_sum)
         states = self._process_states
+        if states is not None:  # of another number of processes: all go on with what the first has seen
+            self._set_tallies(states[rank() if len(states) == world_size() else 0]["tallies"])
         if states is not None and len(states) == world_size():
             set_random_state(states[rank()]["random"])
-            self._metric_sum = _on(self.device, states[rank()]["metric_sum"])
         elif world_size() > 1:
             # The weights were made from one seed on all processes; from here on each has a stream of its own.
             torch.manual_seed(torch.initial_seed() + 7919 * (rank() + 1))
@@ -242,7 +282,8 @@ class LearningMethod(L.LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # The counters below are the clock; Lightning's restart bookkeeping would only compete with it.
         checkpoint.pop("loops", None)
-        state = {"random": random_state(), "metric_sum": _on("cpu", self._metric_sum)}
+        tallies = [[list(names), total.cpu(), count] for names, (total, count) in self._tallies.items()]
+        state = {"random": random_state(), "tallies": tallies}
         states: list[Any] = [state]
         if world_size() > 1:
             states = [None] * world_size()
@@ -253,8 +294,6 @@ class LearningMethod(L.LightningModule, ABC):
             "updates": self.updates,
             "env_steps": self.env_steps,
             "seconds": self.elapsed(),
-            "metric_names": self._metric_names,
-            "metric_count": self._metric_count,
             "processes": states,
         }
 
@@ -273,15 +312,12 @@ class LearningMethod(L.LightningModule, ABC):
         self.check_checkpoint(checkpoint)
         state = checkpoint["learning_method"]
         self.updates, self.env_steps, self.seconds = state["updates"], state["env_steps"], state["seconds"]
-        self._metric_names, self._metric_count = state["metric_names"], state["metric_count"]
         self._process_states = state["processes"]
-        sums = [process["metric_sum"] for process in state["processes"]]
-        # Of another number of processes only the mean is left.
-        self._metric_sum = None if sums[0] is None else torch.stack(sums).mean(0).to(self.device)
 
-
-def _on(device: torch.device | str, tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.to(device)
+    def _set_tallies(self, tallies: list[list[Any]]) -> None:
+        self._tallies = {}
+        for names, total, count in tallies:
+            self.tally(tuple(names), total.to(self.device), count)
 
 
 def random_state() -> dict[str, Any]:

@@ -18,7 +18,6 @@ from components.actor_objectives import Objective
 from components.checks import check_counts
 from components.distributed import gather_rows, rank
 from components.ema import polyak_update
-from components.ensemble import pessimistic_mean
 from components.forward_backward import (
     BackwardMap,
     ForwardMap,
@@ -28,6 +27,7 @@ from components.forward_backward import (
     implicit_reward,
     orthonormality_loss,
 )
+from components.pessimism import pessimistic_mean
 from components.policies import ClippedGaussianPolicy, best_of
 from lightning_modules.base import LearningMethod
 

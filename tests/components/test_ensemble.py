@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from components.ensemble import EnsembleLayerNorm, EnsembleLinear, pessimistic_mean
+from components.ensemble import EnsembleLayerNorm, EnsembleLinear
+from components.pessimism import pessimistic_mean
 
 
 def test_members_equal_separate_layers():

@@ -1,0 +1,185 @@
+"""How an ensemble of critics becomes one value: minima, penalised means, and a penalty that is learned.
+
+Cetin and Celiktutan, "Learning Pessimism for Reinforcement Learning", arXiv 2110.03375; Fujimoto et al. (TD3),
+arXiv 1802.09477; Chen et al. (REDQ), arXiv 2101.05982.
+
+Dimensions: P ensemble members, B batch, M quantiles of the return (1: its expectation).
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from components.checks import check_counts
+
+
+def pairwise_disagreement(x: Tensor) -> Tensor:
+    """Mean absolute difference of two distinct ensemble members, elementwise: [P, ...] -> [...].
+
+    1 / (P (P - 1)) sum_{p != q} |x_p - x_q|: the Gini mean difference, which is the expected Wasserstein-1 distance of
+    two members (arXiv 2110.03375, section 3); zero for a single member.
+    """
+    members = x.shape[0]
+    if members == 1:
+        return torch.zeros_like(x[0])
+    if members == 2:
+        return (x[0] - x[1]).abs()
+    # Sorted members turn the O(P^2) sum of pairwise differences into one weighted sum: x_(k) is counted positively
+    # k times and negatively P - 1 - k times.
+    weights = 2.0 * torch.arange(members, device=x.device, dtype=x.dtype) - (members - 1)
+    return torch.tensordot(weights, x.sort(0).values, dims=1) * (2.0 / (members * (members - 1)))
+
+
+def standard_deviation(x: Tensor) -> Tensor:
+    """Population standard deviation over the ensemble, elementwise: [P, ...] -> [...]."""
+    return x.std(0, correction=0)
+
+
+UNCERTAINTIES = {"pairwise": pairwise_disagreement, "std": standard_deviation}
+
+
+def pessimistic_mean(x: Tensor, pessimism: float) -> Tensor:
+    """Mean over the ensemble less `pessimism` times the pairwise disagreement, elementwise: [P, ...] -> [...].
+
+    For P = 2 a pessimism of 0.5 is the minimum; for any P it is the average of min(x_p, x_q) over pairs, and -0.5 that
+    of the maximum.
+    """
+    mean = x.mean(0)
+    return mean if pessimism == 0 else mean - pessimism * pairwise_disagreement(x)
+
+
+class Pessimism(nn.Module, ABC):
+    """How much an agent believes its critics, once for what it learns from and once for what it acts on."""
+
+    @abstractmethod
+    def target(self, q: Tensor) -> Tensor:
+        """The value that critics regress on, [B, M], from the target critics' q [P, B, M]."""
+
+    @abstractmethod
+    def actor(self, q: Tensor) -> Tensor:
+        """The value that the actor climbs, [B], from the critics' q [P, B, M]."""
+
+
+class MinimumPessimism(Pessimism):
+    """Clipped double Q-learning: the minimum over all critics (TD3, SAC).
+
+    Args:
+        actor: what the actor climbs, ``min`` (SAC) or ``first``, the first critic alone (TD3).
+    """
+
+    def __init__(self, actor: str = "min") -> None:
+        super().__init__()
+        if actor not in ("min", "first"):
+            raise ValueError(f"Unknown actor={actor!r}: expected min or first.")
+        self.actor_uses = actor
+
+    def target(self, q: Tensor) -> Tensor:
+        return _ordered(q).amin(0)
+
+    def actor(self, q: Tensor) -> Tensor:
+        value = q[0] if self.actor_uses == "first" else _ordered(q).amin(0)
+        return value.mean(-1)
+
+
+class SubsetMinimumPessimism(Pessimism):
+    """The minimum over a random subset of the critics, drawn anew for each target; the actor climbs the mean (REDQ).
+
+    Args:
+        subset: critics in the minimum.
+    """
+
+    def __init__(self, subset: int = 2) -> None:
+        super().__init__()
+        check_counts(subset=subset)
+        self.subset = subset
+
+    def target(self, q: Tensor) -> Tensor:
+        chosen = torch.randperm(q.shape[0], device=q.device)[: self.subset]
+        return _ordered(q)[chosen].amin(0)
+
+    def actor(self, q: Tensor) -> Tensor:
+        return q.mean((0, 2))
+
+
+class FixedPessimism(Pessimism):
+    """Mean over the critics less beta times their disagreement: Q_mean - beta U (arXiv 2110.03375, section 3).
+
+    0 is the plain mean, 0.5 the minimum of two critics or the average of pairwise minima of more, below 0 optimism.
+    With quantiles the critics' distributions are compared: sorted quantiles are averaged over the critics, and U, their
+    mean pairwise Wasserstein-1 distance, is taken from every quantile.
+
+    Args:
+        beta: pessimism of the targets.
+        actor_beta: that of the actor; the same if None.
+        uncertainty: U, ``pairwise`` disagreement or ``std``.
+    """
+
+    def __init__(self, beta: float = 0.5, actor_beta: float | None = None, uncertainty: str = "pairwise") -> None:
+        super().__init__()
+        if uncertainty not in UNCERTAINTIES:
+            raise ValueError(f"Unknown uncertainty={uncertainty!r}: expected one of {', '.join(UNCERTAINTIES)}.")
+        self.uncertainty = UNCERTAINTIES[uncertainty]
+        self.beta = nn.Parameter(torch.tensor(float(beta)), requires_grad=False)
+        self.register_buffer("actor_beta", torch.tensor(float(beta if actor_beta is None else actor_beta)))
+
+    def penalised(self, q: Tensor, beta: Tensor | float) -> Tensor:
+        """[P, B, M] -> [B, M]."""
+        q = _ordered(q)
+        return q.mean(0) - beta * self.uncertainty(q).mean(-1, keepdim=True)
+
+    def target(self, q: Tensor) -> Tensor:
+        return self.penalised(q, self.beta)
+
+    def actor(self, q: Tensor) -> Tensor:
+        return self.penalised(q, self.actor_beta).mean(-1)
+
+
+class DualPessimism(FixedPessimism):
+    """Learns beta as the dual variable of "targets are unbiased on average": dual TD-learning (arXiv 2110.03375, 4).
+
+    Replay actions were not chosen to exploit the critics of today, so that the mean TD error tells how far the targets,
+    whose actions were, lie above (negative: beta rises) or below them (beta falls). The error measures the *drift* of
+    the values: at a fixed point of the critics it vanishes for every beta.
+
+    Args:
+        beta: where it starts; it is free to become negative.
+        actor_beta: a constant for the actor; None ties it to beta.
+        uncertainty: see `FixedPessimism`.
+        shift: added to the tied pessimism of the actor, below zero for annealed optimism; it rises linearly to zero.
+        shift_steps: steps of beta until it is zero.
+    """
+
+    def __init__(
+        self,
+        beta: float = 0.5,
+        actor_beta: float | None = None,
+        uncertainty: str = "pairwise",
+        shift: float = 0.0,
+        shift_steps: int = 1,
+    ) -> None:
+        super().__init__(beta, actor_beta, uncertainty)
+        if shift > 0 or (shift and actor_beta is not None):
+            raise ValueError(f"shift={shift}: expected a number up to 0, and none beside a fixed actor_beta.")
+        check_counts(shift_steps=shift_steps)
+        self.beta.requires_grad_()
+        self.tied = actor_beta is None
+        self.shift_rise = -shift / shift_steps
+        self.register_buffer("shift", torch.tensor(float(shift)))
+        self.actor_beta += self.shift
+
+    def loss(self, td_error: Tensor) -> Tensor:
+        """beta times the mean TD error Q - y of any shape, whose gradient by beta is that mean and by all else zero."""
+        return self.beta * td_error.detach().mean()
+
+    @torch.no_grad()
+    def stepped(self) -> None:
+        """To be called after each step of beta: the optimism decays, then the actor's pessimism follows."""
+        if self.tied:
+            self.shift.add_(self.shift_rise).clamp_(max=0.0)
+            self.actor_beta.copy_(self.beta + self.shift)
+
+
+def _ordered(q: Tensor) -> Tensor:
+    """Quantiles in ascending order."""
+    return q if q.shape[-1] == 1 else q.sort(-1).values
