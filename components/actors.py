@@ -82,7 +82,7 @@ class DeterministicActor(Actor):
     Args:
         network: makes the network, [N, O] -> [1, N, A].
         exploration_std: noise of exploration.
-        target_std, target_clip: noise of target actions, and its bound.
+        target_std, target_clip: noise of target actions, and its bound, if any.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class DeterministicActor(Actor):
         network: Network = EnsembleMLP,
         exploration_std: float = 0.1,
         target_std: float = 0.2,
-        target_clip: float = 0.5,
+        target_clip: float | None = 0.5,
     ) -> None:
         super().__init__()
         self.network = network(observation_dim, action_dim)
@@ -116,6 +116,24 @@ class DeterministicActor(Actor):
 
 def _certain(action: Tensor) -> tuple[Tensor, Tensor]:
     return action, action.new_zeros(action.shape[:-1])
+
+
+class ActorPolicy(nn.Module):
+    """One way of using an actor, as a module that collectors can copy and send to other processes.
+
+    Args:
+        actor: the actor, shared, not copied.
+        use: ``act``, ``explore`` or ``bootstrap``.
+    """
+
+    def __init__(self, actor: Actor, use: str) -> None:
+        super().__init__()
+        self.actor = actor
+        self.use = use
+
+    @torch.no_grad()
+    def forward(self, observation: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return getattr(self.actor, self.use)(observation)
 
 
 class EntropyTemperature(nn.Module):

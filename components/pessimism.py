@@ -148,6 +148,7 @@ class DualPessimism(FixedPessimism):
         uncertainty: see `FixedPessimism`.
         shift: added to the tied pessimism of the actor, below zero for annealed optimism; it rises linearly to zero.
         shift_steps: steps of beta until it is zero.
+        sign: -1 learns against the dual: a control for experiments, which has to fail.
     """
 
     def __init__(
@@ -157,12 +158,16 @@ class DualPessimism(FixedPessimism):
         uncertainty: str = "pairwise",
         shift: float = 0.0,
         shift_steps: int = 1,
+        sign: int = 1,
     ) -> None:
         super().__init__(beta, actor_beta, uncertainty)
         if shift > 0 or (shift and actor_beta is not None):
             raise ValueError(f"shift={shift}: expected a number up to 0, and none beside a fixed actor_beta.")
         check_counts(shift_steps=shift_steps)
         self.beta.requires_grad_()
+        if sign not in (1, -1):
+            raise ValueError(f"sign={sign}: expected 1 or -1.")
+        self.sign = sign
         self.tied = actor_beta is None
         self.shift_rise = -shift / shift_steps
         self.register_buffer("shift", torch.tensor(float(shift)))
@@ -170,7 +175,7 @@ class DualPessimism(FixedPessimism):
 
     def loss(self, td_error: Tensor) -> Tensor:
         """beta times the mean TD error Q - y of any shape, whose gradient by beta is that mean and by all else zero."""
-        return self.beta * td_error.detach().mean()
+        return self.sign * self.beta * td_error.detach().mean()
 
     @torch.no_grad()
     def stepped(self) -> None:

@@ -1,5 +1,6 @@
 """What every method shares: the learning rule's clock, its metrics, its optimiser steps and its exact resumption."""
 
+import os
 import random
 import time
 from abc import ABC, abstractmethod
@@ -17,6 +18,10 @@ from torch import Tensor
 
 from components.checks import check_counts
 from components.distributed import average_, rank, world_size
+
+# Lightning asks for GPUs to be counted through NVML, and optimisers count them at every step: that would cost each step
+# 0.2 ms on a machine without a GPU.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
 
 COMPILE_MODES = (None, "default", "cudagraphs")
 

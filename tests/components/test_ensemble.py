@@ -1,11 +1,14 @@
-import itertools
-
 import pytest
 import torch
 from torch import nn
 
-from components.ensemble import EnsembleLayerNorm, EnsembleLinear
-from components.pessimism import pessimistic_mean
+from components.ensemble import (
+    EnsembleLayerNorm,
+    EnsembleLinear,
+    EnsembleMLP,
+    EnsembleResidualMLP,
+    EnsembleSpectralLinear,
+)
 
 
 def test_members_equal_separate_layers():
@@ -22,17 +25,42 @@ def test_members_equal_separate_layers():
     torch.testing.assert_close(ensemble(x.expand(3, 7, 4)), ensemble(x))
 
 
-@pytest.mark.parametrize("members", [2, 3, 5])
-@pytest.mark.parametrize("pessimism", [-0.5, 0.0, 0.5, 1.3])
-def test_pessimistic_mean_is_the_pairwise_formula(members, pessimism):
-    x = torch.randn(members, 6)
-    pairs = [(x[p] - x[q]).abs() for p, q in itertools.permutations(range(members), 2)]
-    torch.testing.assert_close(pessimistic_mean(x, pessimism), x.mean(0) - pessimism * sum(pairs) / len(pairs))
+@pytest.mark.parametrize("members", [1, 3])
+def test_spectral_norms_become_one_and_gradients_do_not_pass_through_them(members):
+    torch.manual_seed(0)
+    layer, x = EnsembleSpectralLinear(members, 12, 8, gain=3.0), torch.randn(5, 12)
+    for _ in range(300):
+        layer(x)
+    weight = layer.weight.detach().clone()
+    torch.testing.assert_close(torch.linalg.matrix_norm(weight, 2), torch.ones(members), rtol=0, atol=1e-3)
+    layer.eval()
+    layer(x).sum().backward()
+    assert torch.equal(layer.weight, weight)  # evaluation changes nothing
+    expected = x.sum(0)[None, :, None].expand(members, 12, 8)  # that of x W, without a norm
+    torch.testing.assert_close(layer.weight.grad, expected)
 
 
-def test_half_pessimism_is_the_mean_of_pairwise_minima():
-    x = torch.randn(4, 6)
-    minima = [torch.minimum(x[p], x[q]) for p, q in itertools.combinations(range(4), 2)]
-    torch.testing.assert_close(pessimistic_mean(x, 0.5), sum(minima) / len(minima))
-    torch.testing.assert_close(pessimistic_mean(x[:2], 0.5), x[:2].min(0).values)
-    assert torch.equal(pessimistic_mean(x[:1], 0.5), x[0])
+@pytest.mark.parametrize("network", [EnsembleMLP, EnsembleResidualMLP])
+def test_members_do_not_see_each_other(network):
+    torch.manual_seed(0)
+    ensemble, x = network(4, 2, members=3, hidden_dim=8).eval(), torch.randn(6, 4)
+    before = ensemble(x).detach()
+    with torch.no_grad():
+        for parameter in ensemble.parameters():
+            parameter[1] += 1.0
+    after = ensemble(x).detach()
+    assert torch.equal(after[[0, 2]], before[[0, 2]])
+    assert not torch.equal(after[1], before[1])
+
+
+def test_a_residual_block_is_its_formula():
+    torch.manual_seed(0)
+    network, x = EnsembleResidualMLP(4, 2, members=2, hidden_dim=8).eval(), torch.randn(6, 4)
+    first, _, block, last = network
+    norm, one, _, two = block.branch
+    for p in range(2):
+        hidden = (x @ first.weight[p] + first.bias[p]).relu()
+        normalised = nn.functional.layer_norm(hidden, (8,), norm.weight[p, 0], norm.bias[p, 0], eps=1e-3)
+        branch = (normalised @ one.weight[p] + one.bias[p]).relu() @ two.weight[p] + two.bias[p]
+        torch.testing.assert_close(network(x)[p], (hidden + branch) @ last.weight[p] + last.bias[p])
+    assert network(x).abs().max() < 0.2  # the last layer starts small

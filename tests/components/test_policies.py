@@ -1,6 +1,6 @@
 import torch
 
-from components.policies import ClippedGaussianPolicy, best_of
+from components.policies import ClippedGaussianPolicy, TanhGaussianPolicy, best_of
 
 
 def test_samples_are_clipped_and_clamped():
@@ -34,3 +34,24 @@ def test_best_of_takes_the_sample_of_highest_value():
     torch.manual_seed(1)
     best = best_of(policy, lambda a: a.sum(-1)[None], samples=50)
     torch.testing.assert_close(best.sum(-1), samples.sum(-1).max(0).values)
+
+
+def test_tanh_gaussian_density_is_the_change_of_variables():
+    torch.manual_seed(0)
+    mean, std = torch.randn(50, 3, dtype=torch.float64), torch.rand(50, 3, dtype=torch.float64) + 0.1
+    policy = TanhGaussianPolicy(mean, std)
+    action, log_prob = policy.sample_with_log_prob()
+    normal = torch.distributions.Normal(mean, std)
+    expected = normal.log_prob(action.atanh()) - (1 - action.square()).log()
+    torch.testing.assert_close(log_prob, expected.sum(-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(policy.log_prob(action), log_prob, rtol=1e-5, atol=1e-5)
+    assert torch.equal(policy.mean, mean.tanh())
+
+
+def test_tanh_gaussian_density_stays_finite_far_out():
+    mean = torch.tensor([[20.0], [-20.0], [3.0]], requires_grad=True)
+    action, log_prob = TanhGaussianPolicy(mean, torch.full((3, 1), 0.1)).sample_with_log_prob()
+    log_prob.sum().backward()
+    assert log_prob.isfinite().all()
+    assert mean.grad.isfinite().all()
+    assert action.abs().max() <= 1
