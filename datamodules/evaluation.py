@@ -1,4 +1,4 @@
-"""Evaluation of agents that are told their task at test time: one environment, many rewards, all episodes at once.
+"""Evaluation: one environment, one or many rewards, all episodes at once.
 
 Dimensions: T rewards, E episodes for each, L steps, n samples, O observation, P physics state.
 """
@@ -28,7 +28,8 @@ class EvaluationTask:
         make_env: called with a number of rows; every call must give the same starts, so that all evaluations of all
             methods meet the same episodes.
         episodes: E.
-        samples: gives states [n, O] of the training data and rewards [n, T] received on arrival in them.
+        samples: gives states [n, O] of the training data and rewards [n, T] received on arrival in them; None where
+            agents learn with their task at hand.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class EvaluationTask:
         rewards: Mapping[str, str],
         make_env: Callable[[int], MeasuredEnv],
         episodes: int,
-        samples: Callable[[], tuple[Tensor, Tensor]],
+        samples: Callable[[], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         self.name = name
         self.rewards = list(rewards)
@@ -48,6 +49,7 @@ class EvaluationTask:
 
     def inference_samples(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """States [n, O] drawn from the data's next states and their rewards [n, T], on `device`."""
+        assert self._samples is not None
         observation, reward = self._samples()
         return observation.to(device), reward.to(device)
 
@@ -80,7 +82,9 @@ class EvaluationTask:
                 seen.update(told)
             state["action"] = policy(seen)["action"].to("cpu")
             state = step_mdp(stepped := env.step(state))
-            measured.append(stepped["next", "measurements"])
+            # Where actions are held for several steps, every one of them is rewarded.
+            arrival = stepped["next", "measurements"]
+            measured.append(stepped["next"].get("passed", arrival[:, None]))
             alive.append(~done)  # rows that ended before the others keep stepping, but earn nothing
             physics.append(state["physics"][::episodes].clone())
             done = done | state["done"].squeeze(-1)
@@ -88,7 +92,7 @@ class EvaluationTask:
         measurements = torch.stack(measured, 1).unflatten(0, (tasks, episodes))
         reward = torch.stack(
             [
-                env.rewards(rows.flatten(0, 1), [expression]).view(rows.shape[:2])
+                env.rewards(rows.flatten(0, 2), [expression]).view(rows.shape[:3]).sum(-1)
                 for rows, expression in zip(measurements, self.expressions)
             ]
         )
@@ -97,7 +101,7 @@ class EvaluationTask:
             {
                 "return": reward.sum(-1),
                 "reward": reward,
-                "measurements": measurements,
+                "measurements": measurements[..., -1, :],
                 "start": start.unflatten(0, (tasks, episodes)),
                 "physics": torch.stack(physics, 1),
             },

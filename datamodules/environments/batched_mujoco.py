@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import Bounded, Categorical, Composite, Unbounded
+from torchrl.data import Unbounded
 
+from components.checks import check_counts
 from datamodules.environments.domains import DOMAINS, MAX_PICTURE, Snapshot, Start
 from datamodules.environments.measured import MeasuredEnv, RenderingUnavailable
 from datamodules.environments.simulation import BatchSimulation
@@ -38,6 +39,8 @@ class BatchedMujocoEnv(MeasuredEnv):
         start: where episodes begin: a function (simulation, rows, generator) -> physics states [rows, p]; None for the
             suite's own distribution.
         episode_length: control steps per episode; the suite's (1,000) if None.
+        action_repeat: control steps that an action is held for. `reward` is their sum, and `passed`
+            [n, action_repeat, M] has the measurements after each of them, if there are several.
         num_threads: simulation threads; all available cores if None.
         seed: of the generator that every episode start is drawn from.
     """
@@ -50,18 +53,20 @@ class BatchedMujocoEnv(MeasuredEnv):
         *,
         start: Start | None = None,
         episode_length: int | None = None,
+        action_repeat: int = 1,
         num_threads: int | None = None,
         seed: int = 0,
     ) -> None:
         if domain not in DOMAINS:
             raise ValueError(f"Unknown domain {domain!r}: expected one of {', '.join(DOMAINS)}.")
-        super().__init__(device="cpu", batch_size=[num_envs])
+        super().__init__(num_envs, seed)
         self.domain = DOMAINS[domain]
         self.episode_length = episode_length or self.domain.episode_length
         self.simulation = BatchSimulation(self.domain, num_threads)
-        self._generator = torch.Generator()
         self._start = start or self.domain.start
-        self.step_seconds = self.simulation.model.opt.timestep * self.domain.substeps
+        check_counts(action_repeat=action_repeat)
+        self.action_repeat = action_repeat
+        self.step_seconds = self.simulation.model.opt.timestep * self.domain.substeps * action_repeat
         self._renderer: mujoco.Renderer | None = None
 
         model = self.simulation.model
@@ -71,23 +76,13 @@ class BatchedMujocoEnv(MeasuredEnv):
         self.task = task or next(iter(TASKS[domain]))
         self._expression(self.task)  # a typing error shows before anything is simulated
 
-        n = num_envs
-        self.observation_spec = Composite(
-            observation=Unbounded((n, self._observe(example).shape[1]), dtype=torch.float32),
-            physics=Unbounded((n, self.physics_size), dtype=torch.float64),
-            measurements=Unbounded((n, self.measurement_size), dtype=torch.float32),
-            shape=(n,),
-        )
-        self.action_spec = Bounded(-1.0, 1.0, (n, model.nu), dtype=torch.float32)
-        self.reward_spec = Unbounded((n, 1), dtype=torch.float32)
-        flag = Categorical(2, shape=(n, 1), dtype=torch.bool)
-        self.done_spec = Composite(done=flag, terminated=flag.clone(), truncated=flag.clone(), shape=(n,))
-
-        self._generator.manual_seed(seed)
-        self._physics = np.zeros((n, self.physics_size))
-        self._steps = torch.zeros(n, 1, dtype=torch.int64)
+        self.declare_specs(self._observe(example).shape[1], self.physics_size, model.nu)
+        if action_repeat > 1:
+            self.observation_spec["passed"] = Unbounded((num_envs, action_repeat, self.measurement_size))
+        self._physics = np.zeros((num_envs, self.physics_size))
+        self._steps = torch.zeros(num_envs, 1, dtype=torch.int64)
         self._observation = torch.zeros(self.observation_spec["observation"].shape)
-        self._measurements = torch.zeros(n, self.measurement_size)
+        self._measurements = torch.zeros(num_envs, self.measurement_size)
 
     @property
     def physics_size(self) -> int:
@@ -98,30 +93,26 @@ class BatchedMujocoEnv(MeasuredEnv):
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         control = self._control(tensordict["action"])
-        self._physics, forces, diverged = self.simulation.advance(self._physics, control, self.domain.substeps)
-        self._steps = self._steps + 1
-        self._steps[torch.from_numpy(diverged)] = self.episode_length
-        snapshot = self.simulation.snapshot(self._physics, control, forces)
-        self._observation, self._measurements = self._observe(snapshot), self._flatten(self._measure(snapshot))
+        passed = []
+        for _ in range(self.action_repeat):
+            self._physics, forces, diverged = self.simulation.advance(self._physics, control, self.domain.substeps)
+            self._steps = self._steps + 1
+            self._steps[torch.from_numpy(diverged)] = self.episode_length
+            snapshot = self.simulation.snapshot(self._physics, control, forces)
+            passed.append(self._flatten(self._measure(snapshot)))
+        self._observation, self._measurements = self._observe(snapshot), passed[-1]
         result = self.current()
-        result["reward"] = self.rewards(self._measurements, [self.task])
+        result["reward"] = sum(self.rewards(measurements, [self.task]) for measurements in passed)
+        if self.action_repeat > 1:
+            result["passed"] = torch.stack(passed, 1)
         return result
 
-    def _reset(self, tensordict: TensorDictBase | None = None, **_: object) -> TensorDictBase:
-        mask = None if tensordict is None else tensordict.get("_reset", None)
-        rows = np.arange(self.batch_size[0]) if mask is None else mask.reshape(-1).nonzero()[:, 0].numpy()
-        if len(rows):
-            self.set_physics(self._start(self.simulation, len(rows), self._generator), rows)
-        return self.current()
-
-    def _set_seed(self, seed: int | None) -> None:
-        if seed is not None:
-            self._generator.manual_seed(seed)
+    def begin(self, rows: np.ndarray) -> None:
+        self.set_physics(self._start(self.simulation, len(rows), self._generator), rows)
 
     def current(self) -> TensorDict:
-        """Where every environment is now: what a policy needs to act next, as `reset` or the last step gave it."""
         truncated = self._steps >= self.episode_length
-        return TensorDict(
+        here = TensorDict(
             {
                 "observation": self._observation,
                 "physics": torch.from_numpy(self._physics),
@@ -132,6 +123,9 @@ class BatchedMujocoEnv(MeasuredEnv):
             },
             batch_size=self.batch_size,
         )
+        if self.action_repeat > 1:
+            here["passed"] = self._measurements[:, None].expand(-1, self.action_repeat, -1)
+        return here
 
     # --- states ---
 
@@ -154,31 +148,18 @@ class BatchedMujocoEnv(MeasuredEnv):
         self._observation[rows] = self._observe(snapshot)
         self._measurements[rows] = self._flatten(self._measure(snapshot))
 
-    def get_extra_state(self) -> dict[str, Tensor]:
-        """Everything `state_dict()` needs for an exact continuation; loads with `weights_only=True`."""
+    def _state_tensors(self) -> dict[str, Tensor]:
         return {
             "physics": torch.from_numpy(self._physics.copy()),
             "steps": self._steps.clone(),
             "observation": self._observation.clone(),
             "measurements": self._measurements.clone(),
-            "generator": self._generator.get_state(),
         }
 
-    def set_extra_state(self, state: Mapping[str, Tensor]) -> None:
-        """Restores what `get_extra_state` gave."""
-        for name, own in self.get_extra_state().items():
-            if name not in state:
-                raise ValueError(f"the environment state has no {name!r}, so it is of another environment")
-            if state[name].shape != own.shape:
-                found, expected = tuple(state[name].shape), tuple(own.shape)
-                raise ValueError(
-                    f"the environment state {name!r} has shape {found}, but {expected} was expected for"
-                    f" {self.batch_size[0]} environments of {self.domain.name}"
-                )
-        self._physics = state["physics"].numpy(force=True).copy()
-        self._steps = state["steps"].cpu().clone()
-        self._observation, self._measurements = state["observation"].cpu().clone(), state["measurements"].cpu().clone()
-        self._generator.set_state(state["generator"].cpu())
+    def _set_state_tensors(self, state: Mapping[str, Tensor]) -> None:
+        self._physics = state["physics"].numpy().copy()
+        self._steps = state["steps"].clone()
+        self._observation, self._measurements = state["observation"].clone(), state["measurements"].clone()
 
     # --- measurements and rewards ---
 

@@ -1,4 +1,4 @@
-"""Gymnasium's locomotion tasks, as D4RL uses them: their own rewards, and episodes that end when the body falls.
+"""Gymnasium's locomotion tasks: their own rewards, and episodes that end when the body falls.
 
 Dimensions: n environments, m transitions, O observation, A action, p = nq + nv physics numbers.
 """
@@ -6,7 +6,7 @@ Dimensions: n environments, m transitions, O observation, A action, p = nq + nv 
 import atexit
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gymnasium
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import Bounded, Categorical, Composite, Unbounded
 
 from datamodules.environments.measured import MeasuredEnv, RenderingUnavailable
 from datamodules.evaluation import EvaluationTask
@@ -23,7 +22,15 @@ from datamodules.readers import d4rl_normalized_score
 
 # Version 4 keeps the rewards and models that D4RL's files were recorded with, on today's MuJoCo. Version 5 pays the
 # bonus for health differently and gives the walker's right foot more friction.
-GYMNASIUM = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4"}
+GYMNASIUM = {
+    "hopper": "Hopper-v4",
+    "halfcheetah": "HalfCheetah-v4",
+    "walker2d": "Walker2d-v4",
+    "ant": "Ant-v4",
+    "humanoid": "Humanoid-v4",
+}
+
+_OWN = ("observation", "physics", "reward", "steps", "terminated")
 
 
 class GymnasiumMujocoEnv(MeasuredEnv):
@@ -34,7 +41,7 @@ class GymnasiumMujocoEnv(MeasuredEnv):
     stays where it is, earning nothing, until it is reset.
 
     Args:
-        body: ``hopper``, ``halfcheetah`` or ``walker2d``, or a D4RL name that begins with one.
+        body: a key of `GYMNASIUM`, or a D4RL name that begins with one.
         num_envs: n.
         seed: of the starting states.
         episode_length: steps after which an episode is truncated.
@@ -44,7 +51,7 @@ class GymnasiumMujocoEnv(MeasuredEnv):
         self.body = body.partition("-")[0]
         if self.body not in GYMNASIUM:
             raise ValueError(f"Unknown body {body!r}: expected one of {', '.join(GYMNASIUM)}.")
-        super().__init__(device="cpu", batch_size=[num_envs])
+        super().__init__(num_envs, seed)
         n = num_envs
         self._envs = [_make(GYMNASIUM[self.body]) for _ in range(n)]
         self.episode_length = episode_length
@@ -55,18 +62,19 @@ class GymnasiumMujocoEnv(MeasuredEnv):
         self._renderer: mujoco.Renderer | None = None
 
         observation_dim = self._envs[0].observation_space.shape[0]
-        self.observation_spec = Composite(
-            observation=Unbounded((n, observation_dim)),
-            physics=Unbounded((n, model.nq + model.nv), dtype=torch.float64),
-            measurements=Unbounded((n, 1)),
-            shape=(n,),
-        )
-        self.action_spec = Bounded(-1.0, 1.0, (n, model.nu), dtype=torch.float32)
-        self.reward_spec = Unbounded((n, 1))
-        flag = Categorical(2, shape=(n, 1), dtype=torch.bool)
-        self.done_spec = Composite(done=flag, terminated=flag.clone(), truncated=flag.clone(), shape=(n,))
+        self.declare_specs(observation_dim, model.nq + model.nv, model.nu)
 
-        self._generator = torch.Generator().manual_seed(seed)
+        # All of the simulator's arrays of fixed size: rewards and observations read quantities, such as positions of
+        # bodies, that lag behind the state by a part of a step and could not be computed again from it.
+        arrays = ((name, getattr(self._envs[0].data, name)) for name in dir(self._envs[0].data) if name[0] != "_")
+        self._data_arrays = [
+            name
+            for name, value in arrays
+            if isinstance(value, np.ndarray)
+            and value.dtype == np.float64
+            and value.size
+            and not name.startswith(("efc_", "iefc_"))  # of active constraints, whose number varies
+        ]
         self._observation = np.zeros((n, observation_dim), np.float32)
         self._physics = np.zeros((n, model.nq + model.nv))
         self._reward = np.zeros((n, 1), np.float32)
@@ -82,22 +90,15 @@ class GymnasiumMujocoEnv(MeasuredEnv):
             observation, self._reward[row], self._terminated[row], _, _ = self._envs[row].step(actions[row])
             self._steps[row] += 1
             self._read(row, observation)
-        result = self._current()
+        result = self.current()
         result["reward"] = torch.from_numpy(self._reward.copy())
         return result
 
-    def _reset(self, tensordict: TensorDictBase | None = None, **_: object) -> TensorDictBase:
-        mask = None if tensordict is None else tensordict.get("_reset", None)
-        rows = np.arange(self.batch_size[0]) if mask is None else mask.reshape(-1).nonzero()[:, 0].numpy()
+    def begin(self, rows: np.ndarray) -> None:
         for row in rows.tolist():
             seed = int(torch.randint(2**31 - 1, (), generator=self._generator))
             observation, _ = self._envs[row].reset(seed=seed)
             self._begin(row, observation)
-        return self._current()
-
-    def _set_seed(self, seed: int | None) -> None:
-        if seed is not None:
-            self._generator.manual_seed(seed)
 
     def _begin(self, row: int, observation: np.ndarray) -> None:
         self._reward[row], self._steps[row], self._terminated[row] = 0, 0, False
@@ -108,7 +109,7 @@ class GymnasiumMujocoEnv(MeasuredEnv):
         self._observation[row] = observation
         self._physics[row, : self._nq], self._physics[row, self._nq :] = data.qpos, data.qvel
 
-    def _current(self) -> TensorDict:
+    def current(self) -> TensorDict:
         terminated = torch.from_numpy(self._terminated.copy())
         truncated = torch.from_numpy(self._steps >= self.episode_length) & ~terminated
         return TensorDict(
@@ -124,6 +125,20 @@ class GymnasiumMujocoEnv(MeasuredEnv):
         )
 
     # --- states and rewards ---
+
+    def _state_tensors(self) -> dict[str, Tensor]:
+        own = {name: getattr(self, f"_{name}") for name in _OWN}
+        simulated = {
+            f"data.{name}": np.stack([getattr(env.data, name) for env in self._envs]) for name in self._data_arrays
+        }
+        return {name: torch.from_numpy(value.copy()) for name, value in {**own, **simulated}.items()}
+
+    def _set_state_tensors(self, state: Mapping[str, Tensor]) -> None:
+        for name in _OWN:
+            setattr(self, f"_{name}", state[name].numpy().copy())
+        for row, env in enumerate(self._envs):
+            for name in self._data_arrays:
+                getattr(env.data, name)[:] = state[f"data.{name}"][row].numpy()
 
     def relabel(self, physics: Tensor, action: Tensor) -> Tensor:
         raise ValueError(

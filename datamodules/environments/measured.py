@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
+from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
 from components.rewards import RewardExpression
@@ -26,10 +27,87 @@ class MeasuredEnv(EnvBase):
     [n, M] float32, the quantities that rewards are written in. Any reward can thus be computed after the fact, for
     stored states too.
 
-    Subclasses call `declare_measurements` once and set `step_seconds`, the simulated time of a step.
+    Subclasses call `declare_measurements` and `declare_specs` once, set `step_seconds`, the simulated time of a step,
+    and draw all that is random in the starts of episodes from `_generator`.
+
+    An environment gives its state away (`get_extra_state`) and takes it back (`set_extra_state`), in the middle of
+    episodes too. The first `reset` of all rows after that changes nothing and returns where the environment is, so that
+    a collector built over a restored environment, which begins with a reset, goes on with its episodes.
     """
 
     step_seconds: float
+
+    def __init__(self, num_envs: int, seed: int) -> None:
+        super().__init__(device="cpu", batch_size=[num_envs])
+        self._generator = torch.Generator().manual_seed(seed)
+        self._restored = False
+
+    def declare_specs(self, observation_size: int, physics_size: int, action_size: int) -> None:
+        """Say what is observed and done; after `declare_measurements`."""
+        n = self.batch_size[0]
+        self.observation_spec = Composite(
+            observation=Unbounded((n, observation_size), dtype=torch.float32),
+            physics=Unbounded((n, physics_size), dtype=torch.float64),
+            measurements=Unbounded((n, self.measurement_size), dtype=torch.float32),
+            shape=(n,),
+        )
+        self.action_spec = Bounded(-1.0, 1.0, (n, action_size), dtype=torch.float32)
+        self.reward_spec = Unbounded((n, 1), dtype=torch.float32)
+        flag = Categorical(2, shape=(n, 1), dtype=torch.bool)
+        self.done_spec = Composite(done=flag, terminated=flag.clone(), truncated=flag.clone(), shape=(n,))
+
+    def _set_seed(self, seed: int | None) -> None:
+        if seed is not None:
+            self._generator.manual_seed(seed)
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **_: object) -> TensorDictBase:
+        mask = None if tensordict is None else tensordict.get("_reset", None)
+        if mask is None and self._restored:
+            self._restored = False
+            return self.current()
+        rows = np.arange(self.batch_size[0]) if mask is None else mask.reshape(-1).nonzero()[:, 0].numpy()
+        if len(rows):
+            self.begin(rows)
+        return self.current()
+
+    @abstractmethod
+    def begin(self, rows: np.ndarray) -> None:
+        """Start a new episode in each of the rows."""
+
+    @abstractmethod
+    def current(self) -> TensorDict:
+        """Where every environment is now: what a policy needs to act next, as `reset` or the last step gave it."""
+
+    @abstractmethod
+    def _state_tensors(self) -> dict[str, Tensor]:
+        """Copies of all that a step or a reset depends on, besides the generator."""
+
+    @abstractmethod
+    def _set_state_tensors(self, state: Mapping[str, Tensor]) -> None:
+        """Take back copies of what `_state_tensors` gave, which it has been checked to be."""
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """Everything `state_dict()` needs for an exact continuation; loads with `weights_only=True`."""
+        return {**self._state_tensors(), "generator": self._generator.get_state()}
+
+    def set_extra_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `get_extra_state` gave.
+
+        Raises:
+            ValueError: it is of another environment or of another number of them.
+        """
+        for name, own in self.get_extra_state().items():
+            if name not in state:
+                raise ValueError(f"the environment state has no {name!r}, so it is of another environment")
+            if state[name].shape != own.shape:
+                found, expected = tuple(state[name].shape), tuple(own.shape)
+                raise ValueError(
+                    f"the environment state {name!r} has shape {found}, but {expected} was expected for"
+                    f" {self.batch_size[0]} environments of {self.domain_name}"
+                )
+        self._set_state_tensors({name: value.cpu() for name, value in state.items()})
+        self._generator.set_state(state["generator"].cpu())
+        self._restored = True
 
     def declare_measurements(self, widths: Mapping[str, int], tasks: Mapping[str, str], domain: str) -> None:
         """Name the measurements, in their flat order.

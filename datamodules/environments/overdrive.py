@@ -9,13 +9,12 @@ Dimensions: n environments, m states.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import Bounded, Categorical, Composite, Unbounded
 
 from datamodules.environments.measured import MeasuredEnv
 from datamodules.evaluation import EvaluationTask
@@ -52,57 +51,45 @@ class OverdriveEnv(MeasuredEnv):
     step_seconds = 0.05
 
     def __init__(self, num_envs: int, seed: int = 0) -> None:
-        super().__init__(device="cpu", batch_size=[num_envs])
-        n = num_envs
+        super().__init__(num_envs, seed)
         self.declare_measurements({"x": 0, "y": 0, "effort": 0}, TASKS, "overdrive")
-        self.observation_spec = Composite(
-            observation=Unbounded((n, 2)),
-            physics=Unbounded((n, 2), dtype=torch.float64),
-            measurements=Unbounded((n, 3)),
-            shape=(n,),
-        )
-        self.action_spec = Bounded(-1.0, 1.0, (n, 2))
-        self.reward_spec = Unbounded((n, 1))
-        flag = Categorical(2, shape=(n, 1), dtype=torch.bool)
-        self.done_spec = Composite(done=flag, terminated=flag.clone(), truncated=flag.clone(), shape=(n,))
-        self._generator = torch.Generator().manual_seed(seed)
-        self._position = torch.zeros(n, 2)
-        self._steps = torch.zeros(n, 1, dtype=torch.int64)
+        self.declare_specs(2, 2, 2)
+        self._position = torch.zeros(num_envs, 2)
+        self._steps = torch.zeros(num_envs, 1, dtype=torch.int64)
+        self._effort = torch.zeros(num_envs, 1)
 
-    def _set_seed(self, seed: int | None) -> None:
-        if seed is not None:
-            self._generator.manual_seed(seed)
-
-    def _reset(self, tensordict: TensorDictBase | None = None, **_: object) -> TensorDictBase:
-        mask = None if tensordict is None else tensordict.get("_reset", None)
-        rows = torch.ones_like(self._steps, dtype=torch.bool) if mask is None else mask
+    def begin(self, rows: np.ndarray) -> None:
         start = 2 * torch.rand(self._position.shape, generator=self._generator) - 1
-        self._position = torch.where(rows, start, self._position)
-        self._steps = torch.where(rows, 0, self._steps)
-        return self._state(torch.zeros_like(self._position))
+        self._position, self._steps, self._effort = self._position.clone(), self._steps.clone(), self._effort.clone()
+        self._position[rows], self._steps[rows], self._effort[rows] = start[rows], 0, 0.0
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         action = tensordict["action"].clamp(-1, 1)
         self._position = move(self._position, action)
-        self._steps = self._steps + 1
-        state = self._state(action)
+        self._steps, self._effort = self._steps + 1, action.norm(dim=-1, keepdim=True)
+        state = self.current()
         state["reward"] = torch.zeros(*self.batch_size, 1)  # reward-free: tasks are named at evaluation
         return state
 
-    def _state(self, action: Tensor) -> TensorDict:
+    def current(self) -> TensorDict:
         truncated = self._steps >= EPISODE_LENGTH
-        physics = self._position.double()
         return TensorDict(
             {
                 "observation": self._position,
-                "physics": physics,
-                "measurements": self.relabel(physics, action),
+                "physics": self._position.double(),
+                "measurements": torch.cat([self._position, self._effort], -1),
                 "done": truncated,
                 "terminated": torch.zeros_like(truncated),
                 "truncated": truncated.clone(),
             },
             batch_size=self.batch_size,
         )
+
+    def _state_tensors(self) -> dict[str, Tensor]:
+        return {"position": self._position.clone(), "steps": self._steps.clone(), "effort": self._effort.clone()}
+
+    def _set_state_tensors(self, state: Mapping[str, Tensor]) -> None:
+        self._position, self._steps, self._effort = (state[k].clone() for k in ("position", "steps", "effort"))
 
     def relabel(self, physics: Tensor, action: Tensor) -> Tensor:
         return torch.cat([physics.float(), action.norm(dim=-1, keepdim=True)], -1)

@@ -6,7 +6,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torchrl.collectors import Collector
-from torchrl.envs.utils import check_env_specs
+from torchrl.envs.utils import check_env_specs, step_mdp
 
 from datamodules.environments.batched_mujoco import BatchedMujocoEnv
 from datamodules.environments.measured import RenderingUnavailable
@@ -275,3 +275,29 @@ def test_picture() -> None:
     assert picture.shape == (48, 64, 3)
     assert picture.dtype == np.uint8
     assert picture.std() > 5
+
+
+def test_held_actions_sum_rewards_and_show_every_step():
+    torch.manual_seed(0)
+    single = BatchedMujocoEnv("cheetah", "run", 3, seed=1, episode_length=10)
+    held = BatchedMujocoEnv("cheetah", "run", 3, seed=1, episode_length=10, action_repeat=2)
+    assert held.step_seconds == 2 * single.step_seconds
+    check_env_specs(held)
+    for env in (single, held):
+        env.set_seed(1)
+    state, state_held = single.reset(), held.reset()
+    for _ in range(5):
+        action = 2 * torch.rand(3, 6) - 1
+        rewards, measurements = [], []
+        for _ in range(2):
+            stepped = single.step(state.set("action", action))
+            rewards.append(stepped["next", "reward"])
+            measurements.append(stepped["next", "measurements"])
+            state = step_mdp(stepped)
+        stepped_held = held.step(state_held.set("action", action))
+        assert torch.equal(stepped_held["next", "reward"], sum(rewards))
+        assert torch.equal(stepped_held["next", "passed"], torch.stack(measurements, 1))
+        for key in ("observation", "physics", "measurements", "truncated"):
+            assert torch.equal(stepped_held["next", key], stepped["next", key])
+        state_held = step_mdp(stepped_held)
+    assert stepped_held["next", "truncated"].all()
