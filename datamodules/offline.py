@@ -6,41 +6,30 @@ Dimensions: n transitions or samples, T rewards, O observation, A action.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import lightning as L
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from components.checks import check_counts
 from components.distributed import world_size
+from datamodules.environment import EnvironmentDataModule, named_rewards
 from datamodules.environments.measured import MeasuredEnv
-from datamodules.evaluation import EvaluationTask, EvaluationTasks
 from datamodules.sampling import UniformBatches
 from datamodules.transitions import TransitionDataset
 
 _CHUNK = 65536
 
 
-class OfflineDataModule(L.LightningDataModule):
+class OfflineDataModule(EnvironmentDataModule):
     """Batches of stored transitions, and evaluation tasks in the environment that they came from.
 
     Args:
         dataset: makes or loads the data set when training or evaluation needs it.
-        environment: makes an environment, called with `num_envs`, `seed` and a protocol's `start`.
-        protocols: name -> `{"rewards": [names] or {name: expression}, "start": ...}`; what to evaluate on. Other
-            entries of a protocol are arguments of the environment too.
-        batch_size: transitions in an update, over all processes.
-        updates_per_step: updates in one Lightning step.
-        evaluate_every: updates between evaluations.
-        episodes: episodes for each reward in the final evaluation.
-        curve_episodes: the same for the learning curves.
+        environment, protocols: see `EnvironmentDataModule`.
         inference_samples: number n of transitions from which tasks are inferred; the same ones at every evaluation.
-        task: what a protocol becomes, `EvaluationTask` or a subclass with metrics of its own.
-        seed: of the batches.
         on_device: keep the data set in the training device's memory.
+        settings: further arguments of `EnvironmentDataModule`.
     """
-
-    evaluation_seed = 12345  # evaluations of all runs meet the same starts and the same samples
 
     def __init__(
         self,
@@ -48,54 +37,18 @@ class OfflineDataModule(L.LightningDataModule):
         environment: Callable[..., MeasuredEnv],
         protocols: Mapping[str, Mapping[str, Any]],
         *,
-        batch_size: int,
-        updates_per_step: int,
-        evaluate_every: int,
-        episodes: int = 10,
-        curve_episodes: int = 4,
         inference_samples: int = 100_000,
-        task: Callable[..., EvaluationTask] = EvaluationTask,
-        seed: int = 0,
         on_device: bool = True,
+        **settings: Any,
     ) -> None:
-        super().__init__()
-        check_counts(
-            batch_size=batch_size,
-            updates_per_step=updates_per_step,
-            evaluate_every=evaluate_every,
-            episodes=episodes,
-            curve_episodes=curve_episodes,
-            inference_samples=inference_samples,
-        )
-        if evaluate_every % updates_per_step:
-            raise ValueError(f"evaluate_every={evaluate_every} is no multiple of updates_per_step={updates_per_step}.")
+        check_counts(inference_samples=inference_samples)
+        super().__init__(environment, protocols, **settings)
         self._make_dataset = dataset
-        self._make_env = environment
-        self.protocols = {name: dict(protocol) for name, protocol in protocols.items()}
-        self.batch_size = batch_size
-        self.updates_per_step = updates_per_step
-        self.evaluate_every = evaluate_every
-        self.episodes = episodes
-        self.curve_episodes = curve_episodes
         self.inference_samples = inference_samples
-        self._make_task = task
-        self.seed = seed
         self.on_device = on_device
         self.dataset: TransitionDataset | None = None
         self._train_data: TensorDict | None = None
         self._inference_cache: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
-        env = self._reference_env = environment(num_envs=1, seed=self.evaluation_seed)
-        for protocol in self.protocols.values():  # a typing error shows before anything is collected or trained
-            env.check_tasks(list(_named(protocol).values()))
-
-    @property
-    def spec(self) -> dict[str, int]:
-        """Sizes a method is built from, known before any data are there."""
-        env = self._reference_env
-        return {
-            "observation_dim": env.observation_spec["observation"].shape[-1],
-            "action_dim": env.action_spec.shape[-1],
-        }
 
     # -- Lightning ----------------------------------------------------------------------------------------------------
 
@@ -124,20 +77,14 @@ class OfflineDataModule(L.LightningDataModule):
             keys = ("observation", "action", ("next", "observation"), ("next", "terminated"), ("next", "reward"))
             data = self.dataset.data.select(*keys)
             self._train_data = data.to(module.device if self.on_device else "cpu")
-        if self.batch_size % world_size():
-            raise ValueError(f"batch_size={self.batch_size} can't be split over {world_size()} processes.")
-        start = module.updates
-        next_evaluation = (start // self.evaluate_every + 1) * self.evaluate_every
-        stop = min(next_evaluation, module.total_updates)
         return UniformBatches(
-            self._train_data, self.batch_size // world_size(), self.updates_per_step, start, stop, self.seed
+            self._train_data,
+            self.share(self.batch_size, world_size()),
+            self.updates_per_step,
+            module.updates,
+            self.next_evaluation(module.updates, module.total_updates),
+            self.seed,
         )
-
-    def val_dataloader(self) -> EvaluationTasks:
-        return EvaluationTasks(self.evaluation_tasks(self.curve_episodes))
-
-    def test_dataloader(self) -> EvaluationTasks:
-        return EvaluationTasks(self.evaluation_tasks(self.episodes))
 
     def state_dict(self) -> dict[str, Any]:
         assert self.dataset is not None
@@ -156,32 +103,8 @@ class OfflineDataModule(L.LightningDataModule):
 
     # -- tasks --------------------------------------------------------------------------------------------------------
 
-    def choose_tasks(self, protocol: str | None = None, reward: str | None = None) -> None:
-        """Evaluate on one protocol only (all if None), and on one reward expression instead of the named tasks.
-
-        Raises:
-            ValueError: there is no such protocol, or the expression does not make sense.
-        """
-        if protocol is not None:
-            if protocol not in self.protocols:
-                raise ValueError(f"Unknown protocol={protocol}: expected one of {', '.join(self.protocols)}.")
-            self.protocols = {protocol: self.protocols[protocol]}
-        if reward is not None:
-            self._reference_env.check_tasks([reward])
-            self.protocols = {name: {**own, "rewards": {"reward": reward}} for name, own in self.protocols.items()}
-
-    def evaluation_tasks(self, episodes: int) -> list[EvaluationTask]:
-        """One task for each protocol."""
-        return [self._task(name, protocol, episodes) for name, protocol in self.protocols.items()]
-
-    def _task(self, name: str, protocol: Mapping[str, Any], episodes: int) -> EvaluationTask:
-        rewards = _named(protocol)
-        arguments = {key: value for key, value in protocol.items() if key != "rewards"}
-
-        def make_env(rows: int) -> MeasuredEnv:
-            return self._make_env(num_envs=rows, seed=self.evaluation_seed, **arguments)
-
-        return self._make_task(name, rewards, make_env, episodes, lambda: self.samples(tuple(rewards.values())))
+    def _sampler(self, expressions: Sequence[str]) -> Callable[[], tuple[Tensor, Tensor]]:
+        return lambda: self.samples(tuple(expressions))
 
     def samples(self, expressions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """States [n, O] drawn from the data's next states and the rewards [n, T] of arriving there.
@@ -220,24 +143,12 @@ class OfflineDataModule(L.LightningDataModule):
         An episode of the data counts with its own length, which may be less than that of an evaluation episode.
         """
         assert self.dataset is not None
-        random: dict[str, list[float]] = {}
+        references = super().references()
         best: dict[str, list[float]] = {}
-        size = self.spec["action_dim"]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.evaluation_seed)
-            for task in self.evaluation_tasks(self.episodes):
-                result = task.run(lambda seen: seen.set("action", 2 * torch.rand(seen.batch_size[0], size) - 1))
-                random.update(task.metrics(result))
-        rewards = {name: text for protocol in self.protocols.values() for name, text in _named(protocol).items()}
+        rewards = {name: text for protocol in self.protocols.values() for name, text in named_rewards(protocol).items()}
         returns = self.dataset.episode_returns(self._rewards(self.dataset.data, list(rewards.values())))
         top = dict(zip(rewards, returns.max(0).values.tolist()))
         for name, protocol in self.protocols.items():
-            found = {f"{name}/{reward}/return": [top[reward]] for reward in _named(protocol)}
-            best.update({metric: values for metric, values in found.items() if metric in random})
-        return {"random policy": random} | ({"best episode in the data": best} if best else {})
-
-
-def _named(protocol: Mapping[str, Any]) -> dict[str, str]:
-    """A protocol's rewards as name -> task or expression."""
-    rewards = protocol["rewards"]
-    return dict(rewards) if isinstance(rewards, Mapping) else {name: name for name in rewards}
+            found = {f"{name}/{reward}/return": [top[reward]] for reward in named_rewards(protocol)}
+            best.update({metric: values for metric, values in found.items() if metric in references["random policy"]})
+        return references | ({"best episode in the data": best} if best else {})

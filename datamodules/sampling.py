@@ -10,6 +10,12 @@ from tensordict import TensorDict
 from components.distributed import rank
 
 
+def batch_generator(seed: int, update: int) -> torch.Generator:
+    """The source of chance of one update's batch: a function of (seed, rank, update)."""
+    digest = hashlib.blake2b(f"{seed}/{rank()}/{update}".encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest))
+
+
 @dataclass
 class UniformBatches:
     """Yields stacks of batches, [updates_per_step, batch_size] transitions drawn uniformly with replacement.
@@ -40,8 +46,7 @@ class UniformBatches:
         count, device = self.data.batch_size[0], self.data.device
         shape = (self.updates_per_step, self.batch_size)
         for update in range(self.start, self.stop, self.updates_per_step):
-            digest = hashlib.blake2b(f"{self.seed}/{rank()}/{update}".encode(), digest_size=7).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest))
+            generator = batch_generator(self.seed, update)
             index = torch.randint(count, shape, generator=generator)
             if device is not None and device.type == "cuda":
                 index = index.pin_memory().to(device, non_blocking=True)

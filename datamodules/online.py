@@ -1,0 +1,313 @@
+"""Learning from experience that is collected along the way.
+
+Dimensions: N environments of this process, T steps of a collection, B batch.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
+from functools import partial
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule
+from torch import Tensor
+from torchrl.collectors import AsyncCollector, Collector
+
+from components.checks import check_counts
+from components.distributed import rank, world_size
+from datamodules.environment import EnvironmentDataModule
+from datamodules.environments.measured import MeasuredEnv
+from datamodules.replay import ReplayBuffer
+from datamodules.sampling import batch_generator
+
+COLLECTORS = ("sync", "async", "ray")
+_EPISODES = ("episode_return", "episode_length")
+
+
+class OnlineDataModule(EnvironmentDataModule):
+    """A collector, its replay buffer, and batches drawn from it in step with the collection.
+
+    Environment steps and updates keep a fixed ratio: update u is made once `random_steps` + u / `updates_per_env_step`
+    steps were taken. What the collector needs to go on (environments in the middle of episodes, the replay buffer, the
+    episodes' statistics) travels in the checkpoint or beside it.
+
+    Args:
+        environment, protocols: see `EnvironmentDataModule`.
+        replay_folder: where the replay buffer's files lie.
+        collector: ``sync`` collects between updates, in this process. ``async`` collects beside them, in a process of
+            its own with a copy of the policy that is one collection old. Its environments begin new episodes when a
+            run resumes, and when a batch arrives depends on the machine: such runs lose nothing, but can't be repeated
+            exactly. ``ray`` collects in `workers` processes of a Ray cluster, a local one if there is no other, while
+            the learner waits; the same holds for its runs. Needs the extra `distributed`.
+        workers: processes of ``ray``.
+        num_envs: environments stepped together, over all processes.
+        steps_per_collection: steps of each between two looks at the new policy.
+        random_steps: environment steps with uniformly random actions, before the first update.
+        updates_per_env_step: updates for each environment step, may be a fraction.
+        replay_capacity: transitions that are kept, over all processes.
+        replay_storage: see `ReplayBuffer`.
+        n_step: steps of the returns.
+        discount: of the rewards in n-step returns.
+        checkpoint_every: updates between two checkpoints at most; what is written in between must not overwrite what
+            the last one shows.
+        settings: further arguments of `EnvironmentDataModule`.
+    """
+
+    def __init__(
+        self,
+        environment: Callable[..., MeasuredEnv],
+        protocols: Mapping[str, Mapping[str, Any]],
+        *,
+        replay_folder: str | None,
+        collector: str = "sync",
+        workers: int = 2,
+        num_envs: int = 1,
+        steps_per_collection: int = 1,
+        random_steps: int = 5000,
+        updates_per_env_step: float = 1.0,
+        replay_capacity: int = 1_000_000,
+        replay_storage: str = "memory",
+        n_step: int = 1,
+        discount: float = 0.99,
+        checkpoint_every: int = 10_000,
+        **settings: Any,
+    ) -> None:
+        super().__init__(environment, protocols, **settings)
+        check_counts(
+            num_envs=num_envs,
+            steps_per_collection=steps_per_collection,
+            replay_capacity=replay_capacity,
+            n_step=n_step,
+            checkpoint_every=checkpoint_every,
+            workers=workers,
+        )
+        if collector not in COLLECTORS:
+            raise ValueError(f"Unknown collector={collector!r}: expected one of {', '.join(COLLECTORS)}.")
+        if updates_per_env_step <= 0:
+            raise ValueError(f"updates_per_env_step={updates_per_env_step}: expected more than 0.")
+        if random_steps < n_step * num_envs:
+            raise ValueError(
+                f"random_steps={random_steps}: expected at least n_step x num_envs = {n_step * num_envs}, or there is "
+                "nothing to begin with."
+            )
+        self.replay_folder = replay_folder
+        self.collector = collector
+        self.workers = workers
+        self.num_envs = num_envs
+        self.steps_per_collection = steps_per_collection
+        self.random_steps = random_steps
+        self.updates_per_env_step = Fraction(str(updates_per_env_step))
+        self.replay_capacity = replay_capacity
+        self.replay_storage = replay_storage
+        self.n_step = n_step
+        self.discount = discount
+        self.checkpoint_every = checkpoint_every
+        self.replay: ReplayBuffer | None = None
+        self._restored: dict[str, Any] | None = None
+        self._collected: Iterator[TensorDictBase] | None = None
+        self._running: Any = None
+        self._env: MeasuredEnv | None = None
+        self._episode: Tensor | None = None  # return and length so far, [N, 2]
+
+    # -- experience ---------------------------------------------------------------------------------------------------
+
+    def _begin(self, module: Any) -> None:
+        """Make environment, replay buffer and collector, as new or as a checkpoint left them."""
+        if self.num_envs % world_size():
+            raise ValueError(f"num_envs={self.num_envs} can't be split over {world_size()} processes.")
+        rows = self.num_envs // world_size()
+        # Every process has episodes of its own.
+        make_env = partial(self._make_env, num_envs=rows, seed=self.seed + 7919 * rank())
+        per_step = self.updates_per_env_step * self.num_envs
+        margin = math.ceil(self.checkpoint_every / per_step) + 2 * self.steps_per_collection
+        self.replay = ReplayBuffer(
+            _example(self._reference_env, rows),
+            self.replay_capacity // world_size(),
+            margin,
+            f"{self.replay_folder}/process_{rank()}",
+            self.replay_storage,
+            module.device,
+        )
+        self._episode = torch.zeros(rows, 2, dtype=torch.float64)
+        environment = None
+        if self._restored is not None:
+            states = self._restored["processes"]
+            if len(states) != world_size():
+                raise ValueError(
+                    f"The checkpoint has the experience of {len(states)} processes, expected {world_size()}: it can "
+                    "only be resumed with as many."
+                )
+            own = states[rank()]
+            self.replay.restore(own["written"])
+            environment = own["environment"]
+        if self.collector == "sync":
+            self._env = make_env()
+            if environment is not None:
+                self._env.set_extra_state(environment)
+                self._episode = own["episode"].clone()
+        elif self.replay.written and rank() == 0:
+            print("The environments are in a process of their own and begin new episodes.", flush=True)
+        # Collectors try out policy and environment when they are made; a run that resumes must not notice.
+        with torch.random.fork_rng(devices=[module.device] if module.device.type == "cuda" else []):
+            self._running = self._make_collector(make_env, module)
+        self._collected = iter(self._running)
+
+    def _make_collector(self, make_env: Callable[[], MeasuredEnv], module: Any) -> Any:
+        policy = module.policy(exploring=True)
+        rows = self.num_envs // world_size()
+        settings = {
+            "frames_per_batch": rows * self.steps_per_collection,
+            "total_frames": -1,
+            "env_device": "cpu",
+            "storing_device": "cpu",
+            "auto_register_policy_transforms": False,
+        }
+        if self.collector == "sync":
+            policy = TensorDictModule(_Behaviour(policy, self), ["observation"], ["action"])
+            return Collector(self._env, policy, policy_device=module.device, track_traj_ids=False, **settings)
+        settings |= {
+            "policy_device": "cpu",
+            "init_random_frames": max(0, self.random_steps // world_size() - self.replay.written * rows),
+        }
+        if self.collector == "async":
+            collector = AsyncCollector(make_env, policy, update_at_each_batch=True, **settings)
+        else:
+            collector = _ray_collector(make_env, policy, rows, self.workers, settings)
+        collector.set_seed(self.seed + 7919 * rank() + self.replay.written)
+        return collector
+
+    def _close(self) -> None:
+        if self._running is not None:
+            self._running.shutdown()
+        self._running = self._collected = None
+
+    def teardown(self, stage: str) -> None:
+        self._close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        self._close()
+
+    @property
+    def env_steps(self) -> int:
+        """Environment steps taken, over all processes."""
+        return 0 if self.replay is None else self.replay.written * self.num_envs
+
+    def collect_until(self, module: Any, env_steps: int) -> None:
+        """Collect until so many environment steps have been taken over all processes."""
+        if self._collected is None:
+            self._begin(module)
+        while self.env_steps < env_steps:
+            batch = next(self._collected)
+            if self.collector == "ray":
+                batch = batch.flatten(0, 1)  # [workers, N / workers, T]
+            self.replay.extend(batch)
+            self._count_episodes(module, batch)
+        module.env_steps = self.env_steps
+
+    def _count_episodes(self, module: Any, batch: TensorDictBase) -> None:
+        finished, count = torch.zeros(2, dtype=torch.float64), 0
+        for step in batch.unbind(1):
+            self._episode[:, :1] += step["next", "reward"]
+            self._episode[:, 1] += 1
+            done = step["next", "done"][:, 0]
+            if done.any():
+                finished += self._episode[done].sum(0)
+                count += int(done.sum())
+                self._episode[done] = 0
+        module.tally(_EPISODES, finished.float(), count)
+
+    # -- Lightning ----------------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> "OnlineBatches":
+        assert self.trainer is not None
+        module = self.trainer.lightning_module
+        return OnlineBatches(self, module, module.updates, self.next_evaluation(module.updates, module.total_updates))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the collection goes on from; the replay buffer's new steps are saved at the same time."""
+        if self._collected is None:
+            return {} if self._restored is None else self._restored
+        self.saved_bytes = self.replay.commit()
+        own = {
+            "written": self.replay.written,
+            "environment": None if self._env is None else self._env.get_extra_state(),
+            "episode": self._episode.clone(),
+        }
+        states: list[Any] = [own]
+        if world_size() > 1:
+            states = [None] * world_size()
+            torch.distributed.all_gather_object(states, own)
+        return {"processes": states}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict or None
+
+
+class OnlineBatches:
+    """Stacks of batches [updates_per_step, B], each drawn after the environment steps that are due by then."""
+
+    def __init__(self, data: OnlineDataModule, module: Any, start: int, stop: int) -> None:
+        self.data, self.module, self.start, self.stop = data, module, start, stop
+
+    def __len__(self) -> int:
+        return max(0, self.stop - self.start) // self.data.updates_per_step
+
+    def __iter__(self) -> Iterator[TensorDict]:
+        data = self.data
+        shape = (data.updates_per_step, data.share(data.batch_size, world_size()))
+        for update in range(self.start, self.stop, data.updates_per_step):
+            data.collect_until(self.module, data.random_steps + int(update / data.updates_per_env_step))
+            yield data.replay.sample(shape, batch_generator(data.seed, update), data.n_step, data.discount)
+
+
+class _Behaviour(torch.nn.Module):
+    """Random actions at first, then those of the exploring policy."""
+
+    def __init__(self, policy: TensorDictModule, data: OnlineDataModule) -> None:
+        super().__init__()
+        self.policy = policy
+        self._data = data
+
+    def forward(self, observation: Tensor) -> Tensor:
+        if self._data.env_steps < self._data.random_steps:
+            return 2 * torch.rand(len(observation), self._data.spec["action_dim"]).to(observation) - 1
+        return self.policy(TensorDict({"observation": observation}, batch_size=observation.shape[:1]))["action"]
+
+
+def _ray_collector(
+    make_env: Callable[..., MeasuredEnv], policy: TensorDictModule, rows: int, workers: int, settings: dict[str, Any]
+) -> Any:
+    """A collector over `workers` processes of a Ray cluster, each with its share of `rows` environments."""
+    try:
+        import ray
+        from torchrl.collectors.distributed import RayCollector
+    except ImportError as error:
+        raise ValueError('collector=ray: expected Ray (pip install "tenfold[distributed]"), found none.') from error
+    if rows % workers:
+        raise ValueError(f"num_envs={rows} can't be split over workers={workers}.")
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, logging_level="error", log_to_driver=False)
+    settings = dict(settings)
+    shared = {"auto_register_policy_transforms": settings.pop("auto_register_policy_transforms")}
+    settings["total_frames"] = 2**62  # it knows no -1
+    return RayCollector(
+        [partial(make_env, num_envs=rows // workers) for _ in range(workers)],
+        policy,
+        sync=True,
+        num_collectors=workers,
+        collector_kwargs=shared,
+        remote_configs={"num_cpus": 1},
+        update_after_each_batch=True,
+        **settings,
+    )
+
+
+def _example(env: MeasuredEnv, n: int) -> TensorDict:
+    """What is stored of a step of n environments like the one given, [n]."""
+    observation = torch.zeros(n, *env.observation_spec["observation"].shape[1:])
+    flag = torch.zeros(n, 1, dtype=torch.bool)
+    following = {"observation": observation, "reward": torch.zeros(n, 1), "terminated": flag, "truncated": flag}
+    action = torch.zeros(n, *env.action_spec.shape[1:])
+    return TensorDict({"observation": observation, "action": action, "next": following}, batch_size=[n])

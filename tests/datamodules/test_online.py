@@ -1,0 +1,193 @@
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tensordict.nn import TensorDictModule
+
+from components.actors import Actor, ActorPolicy
+from datamodules.environments.overdrive import OverdriveEnv
+from datamodules.environments.zero_value import ZeroValueEnv
+from datamodules.online import OnlineDataModule
+
+
+class Learner:
+    """What a datamodule needs of a method: a policy, and somewhere to count."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.updates, self.total_updates, self.env_steps = 0, 40, 0
+        self.tallied: dict[tuple[str, ...], list] = {}
+        self.weight = torch.zeros(1)
+
+    def policy(self, exploring: bool) -> TensorDictModule:
+        assert exploring
+        return TensorDictModule(lambda seen: self.weight.expand(len(seen), 2).clone(), ["observation"], ["action"])
+
+    def tally(self, names, values, count) -> None:
+        self.tallied.setdefault(names, []).append((values.tolist(), count))
+
+
+def made(tmp_path, **settings) -> tuple[OnlineDataModule, Learner]:
+    defaults = {
+        "replay_folder": str(tmp_path),
+        "num_envs": 2,
+        "random_steps": 20,
+        "batch_size": 8,
+        "updates_per_step": 2,
+        "evaluate_every": 10,
+        "replay_capacity": 200,
+        "checkpoint_every": 10,
+    }
+    data = OnlineDataModule(partial(OverdriveEnv), {"goals": {"rewards": ["centre"]}}, **{**defaults, **settings})
+    learner = Learner()
+    data.trainer = SimpleNamespace(lightning_module=learner)
+    return data, learner
+
+
+@pytest.mark.parametrize("ratio", [0.25, 1, 4])
+@pytest.mark.parametrize("num_envs", [1, 2, 5])
+def test_environment_steps_keep_their_ratio_to_updates(tmp_path, ratio, num_envs):
+    data, learner = made(tmp_path, updates_per_env_step=ratio, num_envs=num_envs)
+    for number, batch in enumerate(data.train_dataloader()):
+        assert batch.shape == (2, 8)
+        due = 20 + 2 * number / ratio
+        assert due - 1 < learner.env_steps < due + num_envs
+    assert number == 4  # up to the evaluation, two updates a step
+
+
+def test_first_steps_are_random_and_then_the_policy_acts_as_it_is_by_then(tmp_path):
+    data, learner = made(tmp_path)
+    for number, _ in enumerate(data.train_dataloader()):
+        learner.weight = torch.full((1,), 0.1 * (number + 1))  # as an update would
+    actions = data.replay._data["action"][: data.replay.written, :, 0]
+    assert data.replay.written == 14
+    assert (actions[:10].std(0) > 0.3).all()
+    expected = torch.tensor([0.1, 0.2, 0.3, 0.4])[:, None].expand(4, 2)
+    torch.testing.assert_close(actions[10:], expected)
+
+
+def test_episodes_are_counted_when_they_end(tmp_path):
+    data, learner = made(tmp_path, random_steps=210)
+    data.collect_until(learner, 210)
+    counted = learner.tallied["episode_return", "episode_length"]
+    assert sum(count for _, count in counted) == 4  # two environments, episodes of 50 steps
+    assert sum(values[1] for values, _ in counted) == 200
+
+
+def test_stored_transitions_are_those_of_the_environment(tmp_path):
+    data, learner = made(tmp_path, random_steps=120)
+    data.collect_until(learner, 120)
+    stored = data.replay._data[:60]
+    ended = stored["next", "truncated"][..., 0]
+    assert ended.nonzero().tolist() == [[49, 0], [49, 1]]
+    follows = ~ended[:-1]
+    assert torch.equal(stored["observation"][1:][follows], stored["next", "observation"][:-1][follows])
+    # The last state of an episode is not the first of the next.
+    assert not torch.equal(stored["observation"][50], stored["next", "observation"][49])
+
+
+def test_restored_experience_goes_on(tmp_path):
+    data, learner = made(tmp_path / "a")
+    torch.manual_seed(3)
+    for _ in data.train_dataloader():
+        pass
+    state, chance = data.state_dict(), torch.get_rng_state()
+
+    def rest(data, learner):
+        learner.updates = 10
+        return [batch.clone() for batch in data.train_dataloader()], learner.tallied
+
+    expected = rest(data, learner)
+    again, other = made(tmp_path / "a")
+    again.load_state_dict(state)
+    torch.manual_seed(99)
+    iterator = again.train_dataloader()
+    torch.set_rng_state(chance)
+    other.updates = 10
+    found, _ = rest(again, other)
+    assert len(found) == 5
+    assert all((a == b).all() for a, b in zip(found, expected[0], strict=True))
+    assert iterator is not None
+
+
+def test_rewards_of_nothing_are_worth_nothing(tmp_path):
+    env = ZeroValueEnv(500, seed=0)
+    state = env.reset()
+    rewards = []
+    for _ in range(40):
+        state["action"] = torch.rand(500, 3)
+        stepped = env.step(state)
+        rewards.append(stepped["next", "reward"])
+        state = stepped["next"]
+    rewards = torch.stack(rewards)
+    assert rewards.mean().abs() < 0.03
+    assert rewards.std().item() == pytest.approx(1, rel=0.02)
+    assert state["observation"].abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"updates_per_env_step": 0}, "updates_per_env_step=0: expected more than 0"),
+        ({"random_steps": 1}, "random_steps=1: expected at least n_step x num_envs = 2"),
+        ({"num_envs": 0}, "num_envs=0: expected at least 1"),
+        ({"evaluate_every": 5}, "evaluate_every=5 is no multiple of updates_per_step=2"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        made(tmp_path, **settings)
+
+
+class Constant(Actor):
+    """Acts as its only weight says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def act(self, observation):
+        return self.weight.expand(len(observation), 2).clone()
+
+    explore = act
+
+    def bootstrap(self, observation):
+        return self.act(observation), torch.zeros(len(observation))
+
+    improve = bootstrap
+
+
+@pytest.mark.parametrize("collector", ["async", "ray"])
+def test_other_processes_collect_with_the_newest_policy_or_that_of_one_collection_ago(tmp_path, collector):
+    if collector == "ray":
+        pytest.importorskip("ray")
+    data, learner = made(tmp_path, collector=collector, steps_per_collection=2)
+    actor = Constant()
+    learner.policy = lambda exploring: TensorDictModule(ActorPolicy(actor, "explore"), ["observation"], ["action"])
+    try:
+        for number, _ in enumerate(data.train_dataloader()):
+            with torch.no_grad():
+                actor.weight.fill_(0.1 * (number + 1))
+        state = data.state_dict()
+    finally:
+        data.teardown("fit")
+    actions = data.replay._data["action"][: data.replay.written, :, 0]
+    assert (actions[:10].std(0) > 0.3).all()  # random at first
+    acted = actions[10:].mean(1)
+    torch.testing.assert_close(acted[::2], acted[1::2])
+    assert ((acted[::2] * 10).round() * 0.1 - acted[::2]).abs().max() < 1e-6
+    assert 0 <= acted[0] <= acted[-1] <= 0.4  # what the learner knew by then, or one collection before
+    assert acted[-1] >= 0.1
+    stored = data.replay._data[: data.replay.written]
+    assert not torch.equal(stored["observation"][:, 0], stored["observation"][:, 1])  # episodes of their own
+    follows = ~stored["next", "truncated"][:-1, :, 0]
+    assert torch.equal(stored["observation"][1:][follows], stored["next", "observation"][:-1][follows])
+    assert state["processes"][0]["environment"] is None
+    assert state["processes"][0]["written"] == data.replay.written
+
+
+def test_unknown_collector_is_named(tmp_path):
+    with pytest.raises(ValueError, match="Unknown collector='slurm': expected one of sync, async, ray"):
+        made(tmp_path, collector="slurm")
