@@ -2,13 +2,18 @@
 
 from functools import partial
 
+import pytest
 import torch
 from tensordict import TensorDict
 
 from components.actor_objectives import AdvantageWeighted, DeterministicPolicyGradient
+from components.actors import DeterministicActor, EntropyTemperature, GaussianActor
+from components.ensemble import EnsembleMLP, EnsembleResidualMLP
 from components.forward_backward import BackwardMap, ForwardMap, ZConditionedActor, sample_sphere
+from components.pessimism import DualPessimism, MinimumPessimism, SubsetMinimumPessimism
 from datamodules.environments.overdrive import OverdriveEnv, OverdriveTask, overdrive_dataset
 from datamodules.offline import OfflineDataModule
+from lightning_modules.actor_critic import ActorCritic
 from lightning_modules.forward_backward import ForwardBackward
 
 STATES, DISCOUNT = 6, 0.8
@@ -89,3 +94,55 @@ def overdrive_score(coverage, objective, updates=400):
 def test_advantage_weighting_reaches_goals_that_the_policy_gradient_misses_on_narrow_data():
     assert overdrive_score("narrow", AdvantageWeighted()) > 0.15
     assert overdrive_score("narrow", DeterministicPolicyGradient()) < 0.1
+
+
+AGENTS = {
+    "sac": {"pessimism": MinimumPessimism, "temperature": partial(EntropyTemperature, initial=0.01, target_entropy=-4)},
+    "td3": {"pessimism": partial(MinimumPessimism, "first"), "target_actor": True, "actor_every": 2},
+    "redq": {"pessimism": SubsetMinimumPessimism, "members": 5},
+    "gpl": {"pessimism": DualPessimism, "members": 3, "critic": partial(EnsembleResidualMLP, hidden_dim=32)},
+    "quantiles": {"pessimism": DualPessimism, "members": 3, "quantiles": 5},
+}
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_actor_critics_find_the_best_action_and_its_value(name):
+    """Paid 1 - |a - g(s)|^2 for ever in a state that stays: a* = g(s), Q* = reward + discount / (1 - discount)."""
+    torch.manual_seed(0)
+    settings = {
+        "critic": partial(EnsembleMLP, hidden_dim=32),
+        "actor": partial(DeterministicActor, network=partial(EnsembleMLP, hidden_dim=32), target_std=0.0),
+        "discount": 0.5,
+        "critic_learning_rate": 3e-3,
+        "actor_learning_rate": 3e-3,
+        "target_rate": 0.05,
+        "updates": 1500,
+        **AGENTS[name],
+    }
+    if "temperature" in settings:
+        settings["actor"] = partial(GaussianActor, network=partial(EnsembleMLP, hidden_dim=32))
+    settings["pessimism"] = settings["pessimism"]()
+    agent = ActorCritic(1, 2, **settings)
+
+    def best(state):
+        return torch.cat([0.6 * state, -0.3 + 0 * state], -1)
+
+    def reward(state, action):
+        return 1 - (action - best(state)).square().sum(-1, keepdim=True)
+
+    for _ in range(1500):
+        state, action = 2 * torch.rand(128, 1) - 1, 2 * torch.rand(128, 2) - 1
+        following = {
+            "observation": state,
+            "reward": reward(state, action),
+            "terminated": torch.zeros(128, 1, dtype=torch.bool),
+        }
+        agent.run_update(TensorDict({"observation": state, "action": action, "next": following}, [128]))
+        agent.updates += 1
+
+    state = torch.linspace(-0.9, 0.9, 20)[:, None]
+    action = agent.policy()(TensorDict({"observation": state}, [20]))["action"]
+    assert (action - best(state)).abs().mean() < 0.08  # 0.35 for the action at the start
+    mean, _ = agent.values(state, best(state))
+    entropy = float(agent.alpha()) * 4 if "temperature" in AGENTS[name] else 0.0
+    assert (mean - 2.0).abs().mean() < 0.1 + entropy

@@ -1,0 +1,211 @@
+"""Off-policy actor-critic learning with a choice of pessimism: SAC, TD3, REDQ and generalised pessimism learning.
+
+Haarnoja et al. (SAC), arXiv 1812.05905; Fujimoto et al. (TD3), arXiv 1802.09477; Chen et al. (REDQ), arXiv 2101.05982;
+Cetin and Celiktutan (GPL), arXiv 2110.03375. See docs/methods/actor_critic.md.
+
+Dimensions: B batch, O observation, A action, P ensemble members, M quantiles.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+
+from components.actors import Actor, ActorPolicy, EntropyTemperature
+from components.checks import check_counts
+from components.critics import critic_loss
+from components.ema import polyak_update
+from components.pessimism import DualPessimism, Pessimism
+from lightning_modules.base import LearningMethod
+
+
+class ActorCritic(LearningMethod):
+    """An ensemble of critics, an actor that climbs them, and a rule for how much the critics are believed.
+
+    Args:
+        observation_dim, action_dim: sizes O and A.
+        critic: makes the ensemble, called with in_features, out_features and members; [B, O + A] -> [P, B, M].
+        actor: makes the actor, called with the sizes.
+        pessimism: how the ensemble becomes one value; a `DualPessimism` is learned along with it.
+        temperature: makes the temperature of the entropy bonus, called with `action_dim`; None for no bonus.
+        members: P.
+        quantiles: M, of the return's distribution; 1 for its mean.
+        discount: for one environment step.
+        critic_learning_rate, actor_learning_rate, temperature_learning_rate, pessimism_learning_rate: Adam's.
+        temperature_momentum: Adam's first decay rate for the temperature; that of a learned pessimism is 0.5.
+        target_rate: Polyak rate of the target networks.
+        actor_every: updates of the critics for one of actor and temperature.
+        pessimism_every: updates of the critics for one of a learned pessimism.
+        targets_every: updates of the critics for one of the target networks.
+        target_actor: bootstrap from a Polyak average of the actor (TD3).
+        actor_max_norm: the actor's gradient is clipped to this global norm; None leaves it.
+        value_limit: stop the run when the mean |Q| of the training batches exceeds this: the critics have diverged.
+    """
+
+    progress_bar_metrics = ("episode_return", "q_mean", "critic_loss")
+
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        *,
+        critic: Callable[..., nn.Module],
+        actor: Callable[..., Actor],
+        pessimism: Pessimism,
+        temperature: Callable[..., EntropyTemperature] | None = None,
+        members: int = 2,
+        quantiles: int = 1,
+        discount: float = 0.99,
+        critic_learning_rate: float = 3e-4,
+        actor_learning_rate: float = 3e-4,
+        temperature_learning_rate: float = 3e-4,
+        temperature_momentum: float = 0.9,
+        pessimism_learning_rate: float = 1e-4,
+        target_rate: float = 0.005,
+        actor_every: int = 1,
+        pessimism_every: int = 1,
+        targets_every: int = 1,
+        target_actor: bool = False,
+        actor_max_norm: float | None = None,
+        value_limit: float = 1e6,
+        **loop: Any,
+    ) -> None:
+        super().__init__(**loop)
+        check_counts(
+            members=members,
+            quantiles=quantiles,
+            actor_every=actor_every,
+            pessimism_every=pessimism_every,
+            targets_every=targets_every,
+        )
+        self.critic = critic(observation_dim + action_dim, quantiles, members)
+        self.actor = actor(observation_dim, action_dim)
+        self.pessimism = pessimism
+        self.temperature = None if temperature is None else temperature(action_dim)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.target_actor = copy.deepcopy(self.actor).requires_grad_(False) if target_actor else None
+
+        self.discount = discount
+        self.target_rate = target_rate
+        self.actor_every = actor_every
+        self.pessimism_every = pessimism_every
+        self.targets_every = targets_every
+        self.actor_max_norm = actor_max_norm
+        self.value_limit = value_limit
+
+        def adam(parameters: Any, learning_rate: float, momentum: float = 0.9, eps: float = 1e-8):
+            return self.register_optimizer(
+                torch.optim.Adam(parameters, learning_rate, betas=(momentum, 0.999), eps=eps, fused=True)
+            )
+
+        self.critic_optimizer = adam(self.critic.parameters(), critic_learning_rate)
+        self.actor_optimizer = adam(self.actor.parameters(), actor_learning_rate)
+        if self.temperature is not None:
+            self.temperature_optimizer = adam(
+                self.temperature.parameters(), temperature_learning_rate, temperature_momentum
+            )
+        if isinstance(pessimism, DualPessimism):
+            self.pessimism_optimizer = adam([pessimism.beta], pessimism_learning_rate, momentum=0.5, eps=1e-7)
+
+    # -- learning -----------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> dict[str, bool]:
+        """Actor, pessimism and targets are due with the last of every so many updates of the critics."""
+        due = {"actor": self.actor_every, "pessimism": self.pessimism_every, "targets": self.targets_every}
+        return {name: (self.updates + 1) % every == 0 for name, every in due.items()}
+
+    def update(self, batch: TensorDict, actor: bool = True, pessimism: bool = True, targets: bool = True) -> TensorDict:
+        """Critics, then pessimism, then actor and temperature, then targets (arXiv 2110.03375, algorithm 1).
+
+        Args:
+            batch: [B] with observation [B, O], action [B, A], and next observation, reward [B, 1], terminated [B, 1];
+                for n-step returns `reward` is their sum and `steps_to_next_obs` [B, 1] says n.
+            actor, pessimism, targets: which parts are due, see `schedule`.
+        """
+        observation, action = batch["observation"], batch["action"]
+        target = self.target(batch)
+        loss, errors, metrics = self.critic_loss(observation, action, target)
+        self.minimise(loss, self.critic_optimizer)
+        if pessimism and isinstance(self.pessimism, DualPessimism):
+            self.minimise(self.pessimism.loss(errors), self.pessimism_optimizer)
+            self.pessimism.stepped()
+            metrics["pessimism"] = self.pessimism.beta.detach().clone()
+        if actor:
+            loss, log_prob = self.actor_loss(observation)
+            self.minimise(loss, self.actor_optimizer, self.actor_max_norm)
+            metrics["actor_loss"] = loss.detach()
+            if self.temperature is not None:
+                self.minimise(self.temperature.loss(log_prob), self.temperature_optimizer)
+                metrics |= {"entropy": -log_prob.detach().mean(), "temperature": self.temperature()}
+        if targets:
+            self.update_targets()
+        return TensorDict(metrics)
+
+    @torch.no_grad()
+    def target(self, batch: TensorDict) -> Tensor:
+        """What the critics regress on, [B, M]: r + discount^n (1 - terminated) (value - alpha log pi)."""
+        next_observation = batch["next", "observation"]
+        next_action, log_prob = (self.target_actor or self.actor).bootstrap(next_observation)
+        q = self.target_critic(torch.cat([next_observation, next_action], -1))
+        value = self.pessimism.target(q) - (self.alpha() * log_prob)[:, None]
+        steps = batch.get("steps_to_next_obs", None)
+        discount = self.discount if steps is None else self.discount**steps
+        return batch["next", "reward"] + discount * (1.0 - batch["next", "terminated"].float()) * value
+
+    def critic_loss(
+        self, observation: Tensor, action: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The critics' loss, their errors [P, B] and metrics."""
+        q = self.critic(torch.cat([observation, action], -1))
+        loss, errors = critic_loss(q, target)
+        return loss, errors, {"critic_loss": loss.detach(), "td_error": errors.mean(), "q_mean": q.detach().mean()}
+
+    def actor_loss(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha log pi - value, averaged, and the log-densities [B]."""
+        action, log_prob = self.actor.improve(observation)
+        value = self.pessimism.actor(self.critic(torch.cat([observation, action], -1)))
+        return (self.alpha() * log_prob - value).mean(), log_prob
+
+    def update_targets(self) -> None:
+        polyak_update(self.target_critic.parameters(), self.critic.parameters(), self.target_rate)
+        if self.target_actor is not None:
+            polyak_update(self.target_actor.parameters(), self.actor.parameters(), self.target_rate)
+
+    def alpha(self) -> Tensor | float:
+        """By how much -log pi counts as reward."""
+        return 0.0 if self.temperature is None else self.temperature()
+
+    def training_metrics(self) -> dict[str, float]:
+        metrics = super().training_metrics()
+        if abs(metrics.get("q_mean", 0.0)) > self.value_limit:
+            raise ValueError(
+                f"train/q_mean became {metrics['q_mean']:.3g} by update {self.updates}: the critics diverge, expected "
+                f"at most module.value_limit={self.value_limit:g}; the last checkpoint was taken before and is intact."
+            )
+        return metrics
+
+    # -- acting -------------------------------------------------------------------------------------------------------
+
+    def policy(self, exploring: bool = False) -> TensorDictModule:
+        """A policy that reads ``observation`` and writes ``action``."""
+        return TensorDictModule(ActorPolicy(self.actor, "explore" if exploring else "act"), ["observation"], ["action"])
+
+    def valued_policy(self) -> TensorDictModule:
+        """The policy whose value the critics learn: it writes ``action`` and ``action_log_prob``."""
+        return TensorDictModule(ActorPolicy(self.actor, "bootstrap"), ["observation"], ["action", "action_log_prob"])
+
+    @torch.no_grad()
+    def values(self, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """What the critics say on average, and what the targets would make of it: both [B]."""
+        q = self.critic(torch.cat([observation, action], -1))
+        return q.mean((0, 2)), self.pessimism.target(q).mean(-1)
+
+    def evaluate(self, task: Any) -> TensorDict:
+        """Roll out the deterministic policy."""
+        if isinstance(self.pessimism, DualPessimism):
+            self.add_scores({"pessimism": [self.pessimism.beta.item()]})
+        return task.run(self.policy(), device=self.device)

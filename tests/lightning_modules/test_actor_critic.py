@@ -1,0 +1,290 @@
+import copy
+from functools import partial
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
+from torch import nn
+from torchrl.data import Bounded
+from torchrl.modules import TanhNormal
+from torchrl.objectives import SACLoss, TD3Loss, ValueEstimators
+
+from components.actors import DeterministicActor, EntropyTemperature, GaussianActor
+from components.ensemble import EnsembleMLP, EnsembleResidualMLP
+from components.pessimism import (
+    DualPessimism,
+    FixedPessimism,
+    MinimumPessimism,
+    SubsetMinimumPessimism,
+)
+from lightning_modules.actor_critic import ActorCritic
+
+CRITIC = partial(EnsembleMLP, hidden_dim=8, last_gain=1.0)
+NETWORK = partial(EnsembleMLP, hidden_dim=8, last_gain=1.0)
+
+
+def agent(observation_dim=5, action_dim=2, **settings) -> ActorCritic:
+    torch.manual_seed(0)
+    defaults = {
+        "critic": CRITIC,
+        "actor": partial(GaussianActor, network=NETWORK),
+        "pessimism": MinimumPessimism(),
+        "temperature": partial(EntropyTemperature, initial=0.3),
+        "updates": 100,
+    }
+    made = ActorCritic(observation_dim, action_dim, **{**defaults, **settings})
+    with torch.no_grad():  # targets differ from what they follow, as they do in training
+        for target in (made.target_critic, *([made.target_actor] if made.target_actor else [])):
+            for parameter in target.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+    return made
+
+
+def td3(**settings) -> ActorCritic:
+    actor = partial(DeterministicActor, network=NETWORK)
+    return agent(pessimism=MinimumPessimism("first"), actor=actor, temperature=None, target_actor=True, **settings)
+
+
+# -- the textbooks ------------------------------------------------------------------------------------------------
+
+
+class Layers(nn.Module):
+    """One member of an `EnsembleMLP` as ordinary linear layers, with the keys that TorchRL expects."""
+
+    def __init__(self, ensemble: EnsembleMLP, member: int, squash: str | None = None) -> None:
+        super().__init__()
+        parts = []
+        for layer in ensemble:
+            if hasattr(layer, "weight"):
+                linear = nn.Linear(*layer.weight.shape[1:])
+                linear.weight.data = layer.weight.data[member].T.clone()
+                linear.bias.data = layer.bias.data[member, 0].clone()
+                parts.append(linear)
+            else:
+                parts.append(nn.ReLU())
+        self.layers, self.squash = nn.Sequential(*parts), squash
+
+    def forward(self, *inputs):
+        output = self.layers(torch.cat(inputs, -1))
+        if self.squash == "gaussian":
+            mean, x = output.chunk(2, -1)
+            return mean, (-10 + 6 * (x.tanh() + 1)).exp()
+        return output.tanh() if self.squash == "tanh" else output
+
+
+def critics(ensemble: EnsembleMLP) -> list[TensorDictModule]:
+    return [
+        TensorDictModule(Layers(ensemble, p), ["observation", "action"], ["state_action_value"])
+        for p in range(ensemble[0].weight.shape[0])
+    ]
+
+
+def set_targets(loss, name: str, modules: list[TensorDictModule]) -> None:
+    """Give a TorchRL loss target networks of our choice."""
+    params = [TensorDict.from_module(module) for module in modules]
+    stacked = torch.stack(params) if len(params) > 1 else params[0]
+    for key, value in stacked.items(True, True):
+        getattr(loss, name).get(key).data.copy_(value.data)
+
+
+def with_done(batch: TensorDict) -> TensorDict:
+    batch = batch.clone()
+    batch["next", "done"] = batch["next", "terminated"].clone()
+    return batch
+
+
+def test_sac_losses_are_those_of_torchrl(transitions):
+    ours, batch = agent(), with_done(transitions(32))
+    policy = ProbabilisticTensorDictSequential(
+        TensorDictModule(Layers(ours.actor.network, 0, "gaussian"), ["observation"], ["loc", "scale"]),
+        ProbabilisticTensorDictModule(
+            ["loc", "scale"], ["action"], distribution_class=TanhNormal, return_log_prob=True
+        ),
+    )
+    theirs = SACLoss(
+        policy, critics(ours.critic), loss_function="l2", alpha_init=0.3, target_entropy=-2.0, delay_qvalue=True
+    )
+    theirs.make_value_estimator(ValueEstimators.TD0, gamma=0.99)
+    set_targets(theirs, "target_qvalue_network_params", critics(ours.target_critic))
+    torch.manual_seed(1)
+    expected = theirs(batch.clone())
+
+    torch.manual_seed(1)
+    critic_loss, _, _ = ours.critic_loss(batch["observation"], batch["action"], ours.target(batch))
+    actor_loss, log_prob = ours.actor_loss(batch["observation"])
+    # TorchRL leaves out the half of the squared error.
+    torch.testing.assert_close(2 * critic_loss, expected["loss_qvalue"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actor_loss, expected["loss_actor"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.temperature.loss(log_prob), expected["loss_alpha"], rtol=1e-5, atol=1e-5)
+
+
+def test_td3_losses_are_those_of_torchrl(transitions):
+    ours, batch = td3(), with_done(transitions(32))
+    actor = TensorDictModule(Layers(ours.actor.network, 0, "tanh"), ["observation"], ["action"])
+    theirs = TD3Loss(
+        actor,
+        critics(ours.critic),
+        action_spec=Bounded(-1, 1, (2,)),
+        loss_function="l2",
+        policy_noise=0.2,
+        noise_clip=0.5,
+        delay_actor=True,
+    )
+    theirs.make_value_estimator(ValueEstimators.TD0, gamma=0.99)
+    set_targets(theirs, "target_qvalue_network_params", critics(ours.target_critic))
+    target_actor = TensorDictModule(Layers(ours.target_actor.network, 0, "tanh"), ["observation"], ["action"])
+    set_targets(theirs, "target_actor_network_params", [target_actor])
+    torch.manual_seed(1)
+    expected = theirs(batch.clone())
+
+    torch.manual_seed(1)
+    critic_loss, _, _ = ours.critic_loss(batch["observation"], batch["action"], ours.target(batch))
+    actor_loss, _ = ours.actor_loss(batch["observation"])
+    torch.testing.assert_close(2 * critic_loss, expected["loss_qvalue"].sum(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actor_loss, expected["loss_actor"], rtol=1e-5, atol=1e-5)
+
+
+def test_half_pessimism_with_two_critics_is_sac(transitions):
+    batch, found = transitions(32), []
+    for pessimism in (MinimumPessimism(), FixedPessimism(0.5)):
+        made = agent(pessimism=pessimism)
+        torch.manual_seed(1)
+        metrics = [made.update(batch) for _ in range(3)]
+        found.append((made.critic.state_dict(), made.actor.state_dict(), metrics[-1]["critic_loss"]))
+    torch.testing.assert_close(found[0], found[1])
+
+
+# -- the target ---------------------------------------------------------------------------------------------------
+
+
+def test_terminations_stop_the_bootstrap_and_truncations_do_not(transitions):
+    made, batch = agent(), transitions(32)
+    batch["next", "truncated"] = torch.ones(32, 1, dtype=torch.bool)
+    target = made.target(batch)
+    ended = batch["next", "terminated"]
+    assert ended.any()
+    assert not ended.all()
+    assert torch.equal(target[ended], batch["next", "reward"][ended])
+    assert (target != batch["next", "reward"])[~ended].all()
+    assert not target.requires_grad
+
+
+def test_n_step_targets_are_discounted_by_their_steps(transitions):
+    made, batch = td3(), transitions(32)
+    batch["next", "terminated"] = torch.zeros(32, 1, dtype=torch.bool)
+    made.actor.target_std = made.target_actor.target_std = 0.0
+    one = made.target(batch) - batch["next", "reward"]
+    batch["steps_to_next_obs"] = torch.arange(32.0)[:, None]
+    many = made.target(batch) - batch["next", "reward"]
+    torch.testing.assert_close(many, one * 0.99 ** (torch.arange(32.0)[:, None] - 1))
+
+
+@pytest.mark.parametrize("quantiles", [1, 7])
+@pytest.mark.parametrize("critic", [CRITIC, partial(EnsembleResidualMLP, hidden_dim=8)])
+@pytest.mark.parametrize(
+    "pessimism",
+    [
+        MinimumPessimism,
+        SubsetMinimumPessimism,
+        FixedPessimism,
+        partial(FixedPessimism, uncertainty="std"),
+        DualPessimism,
+    ],
+)
+def test_every_combination_learns_and_has_the_shapes_it_says(transitions, pessimism, critic, quantiles):
+    made, batch = agent(pessimism=pessimism(), critic=critic, members=4, quantiles=quantiles), transitions(32)
+    assert made.target(batch).shape == (32, quantiles)
+    before = copy.deepcopy(made.state_dict())
+    metrics = made.update(batch)
+    assert all(value.isfinite() and value.shape == () for value in metrics.values())
+    changed = {name.split(".")[0] for name, value in made.state_dict().items() if not torch.equal(value, before[name])}
+    learned = {"pessimism"} if pessimism is DualPessimism else set()
+    assert changed == {"critic", "target_critic", "actor", "temperature"} | learned
+    mean, penalised = made.values(batch["observation"], batch["action"])
+    assert mean.shape == penalised.shape == (32,)
+
+
+# -- the penalty --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("offset", "direction"), [(10.0, 1), (-10.0, -1)])
+def test_targets_that_are_too_high_raise_the_penalty_and_too_low_ones_lower_it(transitions, offset, direction):
+    dual = DualPessimism(0.5)
+    made = agent(pessimism=dual, members=3, target_rate=0.0)
+    with torch.no_grad():
+        made.target_critic[-1].bias += offset
+    for _ in range(5):
+        made.update(transitions(32))
+    assert direction * (dual.beta.item() - 0.5) > 0
+    assert dual.actor_beta == dual.beta
+
+
+def test_beta_is_not_learned_through_the_target(transitions):
+    made = agent(pessimism=DualPessimism(0.5), members=3)
+    loss, _, _ = made.critic_loss(transitions()["observation"], transitions()["action"], made.target(transitions()))
+    assert torch.autograd.grad(loss, made.pessimism.beta, allow_unused=True) == (None,)
+
+
+# -- the schedule -------------------------------------------------------------------------------------------------
+
+
+def test_actor_pessimism_and_targets_wait_for_their_turn(transitions):
+    made = agent(pessimism=DualPessimism(), actor_every=2, pessimism_every=3, targets_every=6)
+    moved = []
+    for _ in range(6):
+        before = copy.deepcopy(made.state_dict())
+        made.run_update(transitions(32))
+        made.updates += 1
+        after = made.state_dict()
+        moved.append({n.split(".")[0] for n in after if not torch.equal(after[n], before[n])})
+    assert ["actor" in names for names in moved] == [False, True, False, True, False, True]
+    assert ["pessimism" in names for names in moved] == [False, False, True, False, False, True]
+    assert ["target_critic" in names for names in moved] == [False] * 5 + [True]
+    assert all("critic" in names for names in moved)
+
+
+@pytest.mark.parametrize("critic", [CRITIC, partial(EnsembleResidualMLP, hidden_dim=8)])
+def test_compiled_updates_are_the_eager_ones(transitions, critic):
+    losses = []
+    for mode in (None, "default"):
+        made = agent(pessimism=DualPessimism(), critic=critic, members=3, actor_every=2, compile=mode)
+        torch.manual_seed(1)
+        found = []
+        for step in range(20):
+            metrics = made.run_update(transitions(32, seed=step))
+            made.updates += 1
+            found.append(metrics["critic_loss"].item())
+        losses.append(found)
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_of_the_actor_is_clipped(transitions):
+    made = agent(actor_max_norm=1e-3, actor_learning_rate=1.0)
+    made.actor_optimizer = made.register_optimizer(torch.optim.SGD(made.actor.parameters(), lr=1.0))
+    before = nn.utils.parameters_to_vector(made.actor.parameters()).detach()
+    made.update(transitions(32))
+    step = nn.utils.parameters_to_vector(made.actor.parameters()).detach() - before
+    assert step.norm().item() == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_diverging_critics_stop_the_run():
+    made = agent(value_limit=100.0)
+    made.tally(("q_mean",), torch.tensor([-1e3]), 1)
+    with pytest.raises(ValueError, match=r"train/q_mean became -1e\+03 by update 0: the critics diverge"):
+        made.training_metrics()
+
+
+# -- policies -----------------------------------------------------------------------------------------------------
+
+
+def test_policies():
+    made = agent()
+    seen = TensorDict({"observation": torch.randn(6, 5)}, [6])
+    act = made.policy()
+    assert torch.equal(act(seen.clone())["action"], act(seen.clone())["action"])
+    explore = made.policy(exploring=True)
+    assert not torch.equal(explore(seen.clone())["action"], explore(seen.clone())["action"])
+    valued = made.valued_policy()(seen.clone())
+    expected = made.actor(seen["observation"]).log_prob(valued["action"])
+    torch.testing.assert_close(valued["action_log_prob"], expected, rtol=1e-3, atol=1e-3)
