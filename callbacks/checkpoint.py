@@ -1,10 +1,12 @@
 """When checkpoints are taken."""
 
+import time
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 from components.checks import check_counts
 
@@ -14,7 +16,8 @@ class Checkpoint(L.Callback):
 
     One is taken every `every` updates, and after every evaluation rather than just before it, so that a resumed run
     never repeats one. A run whose metrics or weights are no longer finite is stopped before it can overwrite the last
-    good state. When a run goes on from a checkpoint, loggers that can are told to drop what came after it.
+    good state. When a run goes on from a checkpoint, loggers that can are told to drop what came after it. What the
+    checkpoints cost is printed when training ends.
 
     Args:
         folder: where checkpoints are written.
@@ -25,6 +28,8 @@ class Checkpoint(L.Callback):
         check_counts(checkpoint_every=every)
         self.path = Path(folder) / "last.ckpt"
         self.every = every
+        self._seconds: list[float] = []
+        self._bytes: list[int] = []
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self.every % module.updates_per_step:
@@ -54,4 +59,18 @@ class Checkpoint(L.Callback):
                 f"{name} is not finite after {module.updates} updates: expected finite weights; the last checkpoint "
                 "was taken before and is intact."
             )
+        began = time.monotonic()
         trainer.save_checkpoint(self.path)
+        self._seconds.append(time.monotonic() - began)
+        # Datamodules that keep experience beside the checkpoint say what they had to write.
+        self._bytes.append(self.path.stat().st_size + getattr(trainer.datamodule, "saved_bytes", 0))
+
+    @rank_zero_only
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self._seconds:
+            count = len(self._seconds)
+            print(
+                f"{count} checkpoints, each {sum(self._seconds) / count:.2f} s and "
+                f"{sum(self._bytes) / count / 1e6:.1f} MB.",
+                flush=True,
+            )

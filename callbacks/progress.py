@@ -29,7 +29,7 @@ class Progress(L.Callback):
             dynamic_ncols=True,
         )
         self._line_time = time.monotonic()
-        self._first = (module.updates, time.monotonic())
+        self._first = (module.updates, module.env_steps, time.monotonic())
 
     @rank_zero_only
     def on_train_batch_end(
@@ -39,15 +39,20 @@ class Progress(L.Callback):
         if module.updates % module.log_every:
             return
         shown = {name: f"{float(value):.3g}" for name, value in trainer.progress_bar_metrics.items()}
-        self._bar.set_postfix(shown, refresh=False)
         now = time.monotonic()
+        updates, env_steps, started = self._first
+        collected = ""
+        if module.env_steps:  # experience is collected along the way
+            per_second = (module.env_steps - env_steps) / (now - started)
+            collected = f", {module.env_steps} env steps, {per_second:.0f}/s"
+            shown = {"env_steps": f"{module.env_steps} ({per_second:.0f}/s)", **shown}
+        self._bar.set_postfix(shown, refresh=False)
         if self._bar.disable and now - self._line_time >= self.line_seconds:
             self._line_time = now
-            updates, started = self._first
             speed = (module.updates - updates) / (now - started)
-            numbers = "".join(f", {name} {value}" for name, value in shown.items())
+            numbers = "".join(f", {name} {value}" for name, value in shown.items() if name != "env_steps")
             print(
-                f"{self.name}: {module.updates}/{module.total_updates} updates, {speed:.1f}/s, "
+                f"{self.name}: {module.updates}/{module.total_updates} updates, {speed:.1f}/s{collected}, "
                 f"{(module.total_updates - module.updates) / speed:.0f} s left{numbers}",
                 flush=True,
             )

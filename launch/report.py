@@ -102,10 +102,14 @@ def _times(runs: Sequence[Any]) -> str:
 def _plot_curves(
     config: DictConfig, runs: Sequence[Any], arms: Mapping[str, Mapping[str, Any]], folder: Path
 ) -> str | None:
-    """Every metric against updates, all arms and references in the same picture; None if nothing was evaluated."""
+    """Every metric against environment steps, or updates where none are taken; all arms and references in each picture.
+
+    None if nothing was evaluated.
+    """
     from matplotlib.figure import Figure
 
     curves: dict[str, dict[str, list[tuple[list[int], list[float]]]]] = {}
+    clock = "updates"
     for run in runs:
         path = run.folder / "eval.csv"
         if not path.exists():
@@ -115,7 +119,8 @@ def _plot_curves(
         for metric in rows[0] if rows else ():
             if metric in ("updates", "env_steps", "seconds"):
                 continue
-            points = [(int(row["updates"]), float(row[metric])) for row in rows if row[metric]]
+            clock = "env_steps" if int(rows[-1]["env_steps"]) else "updates"
+            points = [(int(row[clock]), float(row[metric])) for row in rows if row[metric]]
             curves.setdefault(metric, {}).setdefault(run.arm, []).append(tuple(map(list, zip(*points))))
     if not curves:
         return None
@@ -127,15 +132,15 @@ def _plot_curves(
     for axis, (metric, by_arm) in zip(axes, curves.items()):
         for arm, lines in by_arm.items():
             colour = f"C{trained.index(arm)}"
-            for index, (updates, values) in enumerate(lines):
-                axis.plot(updates, values, color=colour, marker=".", alpha=0.9, label=arm if index == 0 else None)
+            for index, (instants, values) in enumerate(lines):
+                axis.plot(instants, values, color=colour, marker=".", alpha=0.9, label=arm if index == 0 else None)
         for index, (arm, metrics) in enumerate((a, m) for a, m in arms.items() if a not in trained and metric in m):
             axis.axhline(metrics[metric]["mean"], color="0.4", linestyle=("--", ":", "-.")[index % 3], label=arm)
         axis.set_title(metric.removesuffix("/return"), fontsize=9)
         axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=7)
-        axis.set_xlabel("updates", fontsize=7)
+        axis.set_xlabel(clock.replace("env_", "environment "), fontsize=7)
     for axis in axes[len(curves) :]:
         axis.set_axis_off()
     handles, labels = axes[0].get_legend_handles_labels()

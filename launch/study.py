@@ -10,6 +10,7 @@ from logging import WARNING, getLogger
 from pathlib import Path
 
 import lightning as L
+import torch
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -90,6 +91,8 @@ def build(
     run: Run, config: DictConfig, checkpoint: Path
 ) -> tuple[L.Trainer, L.LightningModule, L.LightningDataModule, Path | None]:
     """The parts of one arm with one seed, and its checkpoint if there is one."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     L.seed_everything(config.seed, workers=True, verbose=False)
     datamodule = instantiate(config.datamodule)
     module = instantiate(config.module, **datamodule.spec)

@@ -1,0 +1,107 @@
+"""How far critics are from the truth.
+
+Dimensions: R rows (episodes), S scored steps, L all steps.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from tensordict import TensorDict
+from torchrl.envs.utils import step_mdp
+
+from components.checks import check_counts
+
+
+class CriticBias(L.Callback):
+    """Compares an actor-critic's Q(s, a) with returns that its policy really gets, at every evaluation.
+
+    Rolls out the policy whose value the critics learn, and scores the first steps of every episode by their discounted
+    returns G_k = r_k + discount (G_{k+1} - alpha log pi_{k+1}); the rollout goes on until what is cut off weighs less
+    than a thousandth. Adds `critic_bias/mean` (of Q_mean - G), its spread `critic_bias/std`, `critic_bias/penalised`
+    (the same for the value that targets are made of) and, unless all returns are zero, `critic_bias/normalised`, the
+    mean over that of |G|.
+
+    Any module will do that has `valued_policy()`, `values(observation, action)`, `alpha()` and `discount`.
+
+    Args:
+        environment: makes the environment, called with `num_envs`, `seed` and `episode_length`.
+        rows: R.
+        scored_steps: S.
+    """
+
+    seed = 54321
+    negligible = 1e-3
+
+    def __init__(self, environment: Callable[..., Any], rows: int = 32, scored_steps: int = 300) -> None:
+        check_counts(rows=rows, scored_steps=scored_steps)
+        self._make_env = environment
+        self.rows = rows
+        self.scored_steps = scored_steps
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._probe(module)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._probe(module)
+
+    @torch.no_grad()
+    def _probe(self, module: Any) -> None:
+        steps = self.scored_steps + math.ceil(math.log(self.negligible) / math.log(module.discount))
+        # One step longer than is looked at: the end of the rollout is no end of an episode.
+        env = self._make_env(num_envs=self.rows, seed=self.seed, episode_length=steps + 1)
+        policy, device = module.valued_policy(), module.device
+        state = env.reset()
+        alive = torch.ones(self.rows, 1, dtype=torch.bool)
+        seen: list[TensorDict] = []
+        with module.evaluation():
+            for _ in range(steps):
+                acted = policy(TensorDict({"observation": state["observation"].to(device)}, [self.rows]))
+                state["action"] = acted["action"].to("cpu")
+                stepped = env.step(state)
+                following = stepped["next"]
+                seen.append(
+                    acted.to("cpu").update(
+                        {"reward": following["reward"], "terminated": following["terminated"], "alive": alive}
+                    )
+                )
+                alive = alive & ~following["terminated"]
+                state = step_mdp(stepped)
+            rollout = torch.stack(seen, 1)
+            scored = rollout[:, : self.scored_steps]
+            flat = scored.flatten().to(device)
+            values = module.values(flat["observation"], flat["action"])
+        mean, penalised = (value.cpu().view(scored.shape) for value in values)
+        returns = soft_returns(
+            rollout["reward"][..., 0],
+            rollout["terminated"][..., 0],
+            rollout["action_log_prob"],
+            module.discount,
+            float(module.alpha()),
+        )[:, : self.scored_steps]
+        mask = scored["alive"][..., 0]
+        bias = (mean - returns)[mask]
+        size = returns[mask].abs().mean().item()
+        per_row = ((mean - returns) * mask).sum(1) / mask.sum(1)
+        scores = {
+            "critic_bias/mean": per_row.tolist(),
+            "critic_bias/std": [bias.std().item()],
+            "critic_bias/penalised": [(penalised - returns)[mask].mean().item()],
+        }
+        if size:
+            scores["critic_bias/normalised"] = [bias.mean().item() / size]
+        module.add_scores(scores)
+
+
+def soft_returns(
+    reward: torch.Tensor, terminated: torch.Tensor, log_prob: torch.Tensor, discount: float, alpha: float
+) -> torch.Tensor:
+    """G_k = r_k + discount (G_{k+1} - alpha log pi_{k+1}) up to a termination, zero beyond the last; all [R, L]."""
+    returns = torch.zeros_like(reward)
+    following = torch.zeros_like(reward[:, 0])
+    for step in range(reward.shape[1] - 1, -1, -1):
+        returns[:, step] = reward[:, step] + discount * following * ~terminated[:, step]
+        following = returns[:, step] - alpha * log_prob[:, step]
+    return returns
