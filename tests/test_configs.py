@@ -17,6 +17,10 @@ EXPERIMENTS = sorted(
     for path in (CONFIGS / "experiment").rglob("*.yaml")
     if path.stem.startswith("fb_")
 )
+ONLINE = sorted(
+    str(path.relative_to(CONFIGS / "experiment").with_suffix(""))
+    for path in (CONFIGS / "experiment").rglob("gpl_*.yaml")
+)
 PAPER = [name for name in EXPERIMENTS if name.startswith("paper/")]
 CORNERS = {
     "fb": (DeterministicPolicyGradient, 1),
@@ -225,3 +229,50 @@ def test_missing_data_are_one_sentence(name, key, where, tmp_path):
     assert "GB" in message or "MB" in message
     assert "\n" not in message
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_every_arm_of_every_online_experiment_learns(name, transitions, tmp_path):
+    config = composed(f"experiment={name}")
+    assert config.name == name
+    assert config.summary
+    assert config.duration
+    for overrides in config.arms.values():
+        narrow = ("module.critic.hidden_dim=8", "module.actor.network.hidden_dim=8", "module.compile=null")
+        config = composed(f"experiment={name}", f"run_dir={tmp_path}", *overrides, *narrow)
+        for part in ("module", "datamodule"):  # a checkpoint of it can be rebuilt
+            check_targets(OmegaConf.to_container(config[part], resolve=True), Path("last.ckpt"))
+        data = instantiate(config.datamodule)
+        module = instantiate(config.module, **data.spec)
+        metrics = module.update(transitions(16, **data.spec))
+        assert all(value.isfinite() for value in metrics.values())
+        assert data.discount == module.discount
+        probe = instantiate(config.callbacks.critic_bias)
+        assert probe._make_env(num_envs=1, seed=0, episode_length=5).batch_size == (1,)
+
+
+@pytest.mark.parametrize("name", [name for name in ONLINE if name.startswith("paper/")])
+def test_paper_scale_of_online_experiments(name):
+    config = composed(f"experiment={name}")
+    module, data = config.module, config.datamodule
+    assert (module.members, module.critic.hidden_dim, module.actor.network.hidden_dim) == (10, 256, 256)
+    assert (data.updates_per_env_step, module.actor_every, data.batch_size, config.num_seeds) == (20, 20, 256, 5)
+    assert (data.random_steps, module.discount, module.target_rate) == (5000, 0.99, 0.005)
+    assert data.random_steps + module.updates / 20 == (125_000 if name.endswith("hopper") else 300_000)
+    entropies = {"hopper": -1, "walker2d": -3, "halfcheetah": -3, "ant": -4, "humanoid": -2}
+    assert module.temperature.target_entropy == entropies[name.removeprefix("paper/gpl_")]
+    assert module.pessimism._target_.endswith("DualPessimism")
+    assert composed(f"experiment={name}", *config.arms.redq).module.pessimism._target_.endswith(
+        "SubsetMinimumPessimism"
+    )
+
+
+@pytest.mark.parametrize("module", ["actor_critic", "td3", "redq", "gpl"])
+@pytest.mark.parametrize("pessimism", ["min", "td3", "mean", "redq", "fixed", "learned"])
+@pytest.mark.parametrize("critic", ["simple", "modern"])
+def test_actor_critics_take_every_pessimism_and_critic(module, pessimism, critic, transitions):
+    narrow = ("module.critic.hidden_dim=8", "module.actor.network.hidden_dim=8")
+    switches = (f"module={module}", f"module/pessimism={pessimism}", f"module/critic={critic}")
+    config = composed(*switches, *narrow, "datamodule=online")
+    made = instantiate(config.module, observation_dim=5, action_dim=2)
+    assert all(value.isfinite() for value in made.update(transitions(16)).values())

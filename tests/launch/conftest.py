@@ -2,19 +2,23 @@
 
 import contextlib
 import io
+import json
 import logging.config
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import train
+from callbacks.run_log import read_rows
+from launch.checkpoints import load_checkpoint
 from launch.errors import run_reporting_errors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,3 +135,53 @@ def wait_for_updates() -> Callable[..., None]:
         raise AssertionError(f"{arm} did not reach {updates} updates in {seconds} s")
 
     return wait
+
+
+def flat(state: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of a nested state by path, wall-clock times left out."""
+    if isinstance(state, dict):
+        for key, value in state.items():
+            if key != "seconds":
+                yield from flat(value, f"{prefix}/{key}")
+    elif isinstance(state, list | tuple):
+        for index, value in enumerate(state):
+            yield from flat(value, f"{prefix}/{index}")
+    else:
+        yield prefix, state
+
+
+def checkpoint_leaves(run: Path) -> dict[str, Any]:
+    checkpoint = load_checkpoint(run / "checkpoints" / "last.ckpt")
+    data = [key for key in checkpoint if key.endswith("DataModule")]
+    assert data
+    saved = {key: checkpoint[key] for key in ("state_dict", "optimizer_states", "learning_method", *data)}
+    saved["learning_method"].pop("recipe")  # holds paths
+    return dict(flat(saved))
+
+
+@pytest.fixture(scope="session")
+def assert_same_runs() -> Callable[..., None]:
+    """Bit-identical weights, targets, optimiser moments, random states, experience, records and results."""
+
+    def check(found: Path, expected: Path, arms: Sequence[str]) -> None:
+        for arm in arms:
+            runs = [folder / arm / "seed_0" for folder in (found, expected)]
+            leaves = [checkpoint_leaves(run) for run in runs]
+            assert leaves[0].keys() == leaves[1].keys()
+            assert any("target_" in name for name in leaves[0])
+            assert any("exp_avg_sq" in name for name in leaves[0])
+            for name, value in leaves[1].items():
+                same = torch.equal(leaves[0][name], value) if torch.is_tensor(value) else leaves[0][name] == value
+                assert same, f"{arm}: {name}"
+            for file in ("train.csv", "eval.csv"):
+                (header, rows), (expected_header, expected_rows) = (read_rows(run / file) for run in runs)
+                assert header == expected_header
+                for row in (*rows, *expected_rows):
+                    row.pop("seconds")
+                assert rows == expected_rows
+            metrics = [json.loads((run / "results.json").read_text())["metrics"] for run in runs]
+            assert metrics[0] == metrics[1]
+        studies = [json.loads((folder / "results.json").read_text()) for folder in (found, expected)]
+        assert studies[0]["arms"] == studies[1]["arms"]
+
+    return check

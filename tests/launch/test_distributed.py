@@ -11,13 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensordict import TensorDict
 
 from callbacks.run_log import read_rows
 from components.actor_objectives import AdvantageWeighted, DeterministicPolicyGradient
+from components.actors import EntropyTemperature, GaussianActor
 from components.distributed import rank, world_size
+from components.ensemble import EnsembleMLP, EnsembleResidualMLP
 from components.forward_backward import BackwardMap, ForwardMap, ZConditionedActor, sample_sphere
-from components.policies import ClippedGaussianPolicy
+from components.pessimism import DualPessimism
+from components.policies import ClippedGaussianPolicy, TanhGaussianPolicy
 from launch.checkpoints import load_checkpoint
+from lightning_modules.actor_critic import ActorCritic
 from lightning_modules.forward_backward import ForwardBackward
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,9 +52,16 @@ def noise_of_the_row(self, clip=None, sample_shape=()):
     return self.mean + (noise if sample_shape else noise[0])
 
 
+def tanh_noise_of_the_row(self):
+    """The same for the tanh-Gaussian policy."""
+    u = self.pre_tanh_mean + self.std * torch.sin(50 * self.pre_tanh_mean.detach() + 1)
+    return u.tanh(), self._log_prob(u)
+
+
 def gradients() -> dict[str, list[torch.Tensor]]:
     """What `minimise` steps along, for every loss, from this process's share of one fixed batch."""
     ClippedGaussianPolicy.sample = noise_of_the_row
+    TanhGaussianPolicy.sample_with_log_prob = tanh_noise_of_the_row
     generator = torch.Generator().manual_seed(7)
     share = slice(rank() * ROWS // world_size(), (rank() + 1) * ROWS // world_size())
     observation, next_observation = torch.randn(2, ROWS, 5, generator=generator)[:, share]
@@ -86,6 +98,44 @@ def gradients() -> dict[str, list[torch.Tensor]]:
                 found[f"{objective}, {name}"] = minimised(agent, loss, agent.actor_optimizer)
                 for parameter, value in zip(agent.actor.parameters(), before):
                     parameter.data.copy_(value)
+    batch = TensorDict(
+        {
+            "observation": observation,
+            "action": action,
+            "next": {
+                "observation": next_observation,
+                "reward": observation[:, :1],
+                "terminated": discount == 0,
+            },
+        },
+        [len(observation)],
+    )
+    for quantiles in (1, 5):
+        for part, gradient in actor_critic_gradients(batch, quantiles).items():
+            found[f"actor-critic {part}, {quantiles}"] = gradient
+    return found
+
+
+def actor_critic_gradients(batch: TensorDict, quantiles: int) -> dict[str, list[torch.Tensor]]:
+    torch.manual_seed(3)
+    agent = ActorCritic(
+        5,
+        2,
+        critic=partial(EnsembleResidualMLP, hidden_dim=16, last_gain=1.0),
+        actor=partial(GaussianActor, network=partial(EnsembleMLP, hidden_dim=16, last_gain=1.0)),
+        pessimism=DualPessimism(0.4),
+        temperature=EntropyTemperature,
+        members=3,
+        quantiles=quantiles,
+        updates=1,
+    )
+    loss, errors, _ = agent.critic_loss(batch["observation"], batch["action"], agent.target(batch))
+    found = {"critic": minimised(agent, loss, agent.critic_optimizer)}
+    found["pessimism"] = minimised(agent, agent.pessimism.loss(errors), agent.pessimism_optimizer)
+    loss, log_prob = agent.actor_loss(batch["observation"])
+    agent.minimise(loss, agent.actor_optimizer, max_norm=0.05)
+    found["actor"] = [parameter.grad.clone() for parameter in agent.actor.parameters()]
+    found["temperature"] = minimised(agent, agent.temperature.loss(log_prob), agent.temperature_optimizer)
     return found
 
 
@@ -94,7 +144,11 @@ def minimised(agent, loss, optimizer) -> list[torch.Tensor]:
     return [parameter.grad.clone() for group in optimizer.param_groups for parameter in group["params"]]
 
 
-CASES = [*REPRESENTATIONS, *(f"{o}, {r}" for o in OBJECTIVES for r in ("one_block", "four_blocks"))]
+CASES = [
+    *REPRESENTATIONS,
+    *(f"{o}, {r}" for o in OBJECTIVES for r in ("one_block", "four_blocks")),
+    *(f"actor-critic {part}, {m}" for part in ("critic", "pessimism", "actor", "temperature") for m in (1, 5)),
+]
 
 
 @pytest.fixture(scope="module")
@@ -105,12 +159,12 @@ def both(tmp_path_factory):
     processes = [
         subprocess.Popen([sys.executable, __file__, str(number), str(folder)], env=environment) for number in range(2)
     ]
-    sample = ClippedGaussianPolicy.sample
+    sample, sample_with_log_prob = ClippedGaussianPolicy.sample, TanhGaussianPolicy.sample_with_log_prob
     state = torch.get_rng_state()
     try:
         whole = gradients()
     finally:
-        ClippedGaussianPolicy.sample = sample
+        ClippedGaussianPolicy.sample, TanhGaussianPolicy.sample_with_log_prob = sample, sample_with_log_prob
         torch.set_rng_state(state)
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     return whole, [torch.load(folder / f"{number}.pt") for number in range(2)]
@@ -168,6 +222,44 @@ def test_two_processes_resume_exactly(resumed, spawn, one_arm, tmp_path):
     for row in (*rows[0], *rows[1]):
         row.pop("seconds")
     assert rows[0] == rows[1]
+
+
+ONLINE = (
+    "experiment=gpl_zero_mdp",
+    *(f"~arms.{arm}" for arm in ("fixed_00", "fixed_05", "fixed_15", "learned_from_00", "flipped")),
+    "num_seeds=1",
+    "module.log_every=10",
+    "datamodule.num_envs=2",
+    "datamodule.evaluate_every=40",
+    "callbacks.critic_bias.rows=2",
+    "checkpoint_every=20",
+)
+
+
+@pytest.fixture(scope="module")
+def online(spawn, tmp_path_factory):
+    root = tmp_path_factory.mktemp("online")
+    arguments = [*ONLINE, *DDP]
+    first, _ = finish(spawn(*arguments, f"output_root={root}", "module.updates=40"))
+    second, _ = finish(spawn(*arguments, f"output_root={root}", "module.updates=80", "ckpt_path=last"))
+    assert second == first
+    return second / "learned_from_05" / "seed_0"
+
+
+def test_two_processes_collect_experience_of_their_own(online):
+    processes = load_checkpoint(online / "checkpoints" / "last.ckpt")["OnlineDataModule"]["processes"]
+    assert [process["written"] for process in processes] == [154, 154]  # 300 + 80 / 10 steps of two environments
+    assert not torch.equal(*(process["environment"]["state"] for process in processes))
+    assert {path.name for path in (online / "replay").iterdir()} == {"process_0", "process_1"}
+    rows = read_rows(online / "train.csv")[1]
+    assert [int(row["updates"]) for row in rows] == list(range(10, 81, 10))
+    assert int(rows[-1]["env_steps"]) == 308
+
+
+@pytest.mark.slow
+def test_two_collecting_processes_resume_exactly(assert_same_runs, online, spawn, tmp_path):
+    whole, _ = finish(spawn(*ONLINE, *DDP, f"output_root={tmp_path}", "module.updates=80"))
+    assert_same_runs(online.parent.parent, whole, ["learned_from_05"])
 
 
 if __name__ == "__main__":

@@ -7,55 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from callbacks.run_log import read_rows
 from launch.checkpoints import load_checkpoint
 
 ARMS = ("fb_narrow", "fb_aw_narrow")
-
-
-def flat(state, prefix=""):
-    """Leaves of a nested state by path, wall-clock times left out."""
-    if isinstance(state, dict):
-        for key, value in state.items():
-            if key != "seconds":
-                yield from flat(value, f"{prefix}/{key}")
-    elif isinstance(state, list | tuple):
-        for index, value in enumerate(state):
-            yield from flat(value, f"{prefix}/{index}")
-    else:
-        yield prefix, state
-
-
-def checkpoint_leaves(run: Path):
-    checkpoint = load_checkpoint(run / "checkpoints" / "last.ckpt")
-    saved = {key: checkpoint[key] for key in ("state_dict", "optimizer_states", "learning_method", "OfflineDataModule")}
-    saved["learning_method"].pop("recipe")  # holds paths
-    return dict(flat(saved))
-
-
-def assert_same_runs(found: Path, expected: Path, arms=ARMS) -> None:
-    """Bit-identical weights, targets, optimiser moments, random states, records and results."""
-    for arm in arms:
-        runs = [folder / arm / "seed_0" for folder in (found, expected)]
-        leaves = [checkpoint_leaves(run) for run in runs]
-        assert leaves[0].keys() == leaves[1].keys()
-        assert any("target_forward_map" in name for name in leaves[0])
-        assert any("exp_avg_sq" in name for name in leaves[0])
-        for name, value in leaves[1].items():
-            same = torch.equal(leaves[0][name], value) if torch.is_tensor(value) else leaves[0][name] == value
-            assert same, f"{arm}: {name}"
-        for file in ("train.csv", "eval.csv"):
-            (header, rows), (expected_header, expected_rows) = (read_rows(run / file) for run in runs)
-            assert header == expected_header
-            for row in (*rows, *expected_rows):
-                row.pop("seconds")
-            assert rows == expected_rows
-        metrics = [json.loads((run / "results.json").read_text())["metrics"] for run in runs]
-        assert metrics[0] == metrics[1]
-    studies = [json.loads((folder / "results.json").read_text()) for folder in (found, expected)]
-    assert studies[0]["arms"] == studies[1]["arms"]
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +56,10 @@ def interrupted(program, spawn, wait_for_updates, two_arms, tmp_path_factory):
     }
 
 
-def test_run_that_was_killed_and_stopped_equals_the_uninterrupted_one(interrupted, uninterrupted):
+def test_run_that_was_killed_and_stopped_equals_the_uninterrupted_one(assert_same_runs, interrupted, uninterrupted):
     assert interrupted["at_kill"]["updates"] < 120
     assert interrupted["at_kill"]["checkpoint"] <= interrupted["at_kill"]["updates"]
-    assert_same_runs(interrupted["folder"], uninterrupted)
+    assert_same_runs(interrupted["folder"], uninterrupted, ARMS)
 
 
 def test_finished_arms_are_kept(interrupted):
@@ -137,7 +93,7 @@ def test_finished_study_only_reports_again(program, uninterrupted):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_finished_study_goes_on_to_more_updates(program, one_arm, tmp_path):
+def test_finished_study_goes_on_to_more_updates(assert_same_runs, program, one_arm, tmp_path):
     root = f"output_root={tmp_path}"
     short = program(*one_arm, root, "module.updates=40")
     # The command line of before with more updates: its deletions of arms are not applied twice.
@@ -170,7 +126,9 @@ def test_run_that_was_killed_before_its_first_checkpoint_starts_over(program, on
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_ten_kills_at_random_instants(program, spawn, wait_for_updates, two_arms, uninterrupted, tmp_path):
+def test_ten_kills_at_random_instants(
+    assert_same_runs, program, spawn, wait_for_updates, two_arms, uninterrupted, tmp_path
+):
     generator = random.Random(0)
     arguments = [*two_arms, f"output_root={tmp_path}"]
     for number in range(10):
@@ -182,4 +140,4 @@ def test_ten_kills_at_random_instants(program, spawn, wait_for_updates, two_arms
         process.wait()
         (folder,) = (tmp_path / "fb_overdrive").iterdir()
     assert program("experiment=fb_overdrive", f"ckpt_path={folder}").code == 0
-    assert_same_runs(folder, uninterrupted)
+    assert_same_runs(folder, uninterrupted, ARMS)

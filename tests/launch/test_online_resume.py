@@ -1,0 +1,114 @@
+"""Online runs: stop in the middle of an episode or an update, go on, and get every later number as if nothing was."""
+
+import random
+import time
+
+import pytest
+
+from launch.checkpoints import load_checkpoint
+
+SMALL = (
+    "module.updates=160",
+    "module.log_every=8",
+    "datamodule.updates_per_step=2",
+    "datamodule.random_steps=60",
+    "datamodule.evaluate_every=64",
+    "datamodule.batch_size=16",
+    "datamodule.episodes=2",
+    "datamodule.curve_episodes=1",
+    "checkpoint_every=16",
+    "callbacks.critic_bias.rows=2",
+    "callbacks.critic_bias.scored_steps=4",
+    "module.discount=0.8",
+)
+NARROW = ("module.critic.hidden_dim=16", "module.actor.network.hidden_dim=16")
+RUNS = {
+    # a ring that has gone round several times, in memory and in files; n-step returns; episodes that end on the way
+    "cheetah": (
+        "experiment=gpl_cheetah",
+        *NARROW,
+        "~arms.sac",
+        "callbacks=critic_bias",
+        "+datamodule.environment.episode_length=26",
+        "datamodule.n_step=3",
+        "datamodule.replay_capacity=80",
+    ),
+    "hopper": (
+        "experiment=gpl_hopper_gym",
+        *NARROW,
+        "~arms.sac",
+        "callbacks=critic_bias",
+        "datamodule.replay_storage=memmap",
+        "datamodule.replay_capacity=80",
+        "+datamodule.environment.episode_length=40",
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def arguments(request):
+    return (*RUNS[request.param], *SMALL)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(program, arguments, tmp_path_factory):
+    finished = program(*arguments, f"output_root={tmp_path_factory.mktemp('whole')}")
+    assert finished.code == 0, finished.err
+    return finished.folder
+
+
+def kill_after(process, root, updates, wait_for_updates, seconds=0.0):
+    wait_for_updates(process, root, "gpl", updates)
+    time.sleep(seconds)
+    process.kill()
+    process.wait()
+
+
+def test_killed_run_goes_on_bit_for_bit(
+    assert_same_runs, program, spawn, wait_for_updates, arguments, uninterrupted, tmp_path
+):
+    root = f"output_root={tmp_path}"
+    kill_after(spawn(*arguments, root), tmp_path, 88, wait_for_updates)
+    (folder,) = next(tmp_path.iterdir()).iterdir()
+    saved = load_checkpoint(folder / "gpl" / "seed_0" / "checkpoints" / "last.ckpt")
+    assert 64 <= saved["learning_method"]["updates"] < 160
+    (experience,) = saved["OnlineDataModule"]["processes"]
+    assert experience["environment"]["steps"].min() > 0  # in the middle of episodes
+    finished = program(arguments[0], f"ckpt_path={folder}")
+    assert finished.code == 0, finished.err
+    assert_same_runs(folder, uninterrupted, ["gpl"])
+
+
+def test_run_without_a_checkpoint_starts_over_on_the_old_replay_files(
+    assert_same_runs, program, spawn, wait_for_updates, arguments, uninterrupted, tmp_path
+):
+    process = spawn(*arguments, f"output_root={tmp_path}", "checkpoint_every=64")
+    kill_after(process, tmp_path, 16, wait_for_updates)
+    (folder,) = next(tmp_path.iterdir()).iterdir()
+    (folder / "gpl" / "seed_0" / "checkpoints" / "last.ckpt").unlink(missing_ok=True)
+    finished = program(arguments[0], f"ckpt_path={folder}", "checkpoint_every=16")
+    assert finished.code == 0, finished.err
+    assert_same_runs(folder, uninterrupted, ["gpl"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ten_kills_at_random_instants(
+    assert_same_runs, program, spawn, wait_for_updates, arguments, uninterrupted, tmp_path
+):
+    generator = random.Random(0)
+    more = [*arguments, f"output_root={tmp_path}"]
+    for number in range(10):
+        process = spawn(*more, *(["ckpt_path=last"] if number else []))
+        kill_after(process, tmp_path, 8 + 14 * number, wait_for_updates, 0.3 * generator.random())
+        (folder,) = next(tmp_path.iterdir()).iterdir()
+    assert program(arguments[0], f"ckpt_path={folder}").code == 0
+    assert_same_runs(folder, uninterrupted, ["gpl"])
+
+
+def test_checkpoint_of_another_number_of_environments_is_one_sentence(program, uninterrupted):
+    name = f"experiment={uninterrupted.parent.name}"
+    finished = program(name, f"ckpt_path={uninterrupted}", "module.updates=200", "datamodule.num_envs=6")
+    assert finished.code == 1
+    assert len(finished.err.strip().splitlines()) == 1
+    assert "expected" in finished.err
