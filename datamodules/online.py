@@ -139,6 +139,11 @@ class OnlineDataModule(EnvironmentDataModule):
                     f"The checkpoint has the experience of {len(states)} processes, expected {world_size()}: it can "
                     "only be resumed with as many."
                 )
+            if self._restored["num_envs"] != self.num_envs:
+                raise ValueError(
+                    f"datamodule.num_envs={self.num_envs}: expected {self._restored['num_envs']} as in the checkpoint, "
+                    "whose episodes go on."
+                )
             own = states[rank()]
             self.replay.restore(own["written"])
             environment = own["environment"]
@@ -239,7 +244,7 @@ class OnlineDataModule(EnvironmentDataModule):
         if world_size() > 1:
             states = [None] * world_size()
             torch.distributed.all_gather_object(states, own)
-        return {"processes": states}
+        return {"num_envs": self.num_envs, "processes": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None

@@ -127,7 +127,8 @@ class ReplayBuffer:
         for key in [*expected, *found]:
             if found.get(key) != expected.get(key):
                 raise ValueError(
-                    f"{self.folder}: expected {key} to be {expected.get(key)} as configured, found {found.get(key)}."
+                    f"{self.folder}: expected {key} to be {_text(expected.get(key))}, found {_text(found.get(key))}; "
+                    "the replay buffer's capacity and checkpoint_every must stay what they were."
                 )
         window = torch.arange(max(0, written - self.steps), written)
         if not torch.equal(self._numbers[window % self.ring], window):
@@ -173,3 +174,7 @@ class ReplayBuffer:
         batch["next", "reward"] = reward
         batch["steps_to_next_obs"] = steps
         return batch
+
+
+def _text(layout: tuple[torch.Size, torch.dtype] | None) -> str:
+    return "nothing" if layout is None else f"{list(layout[0])} of {str(layout[1]).removeprefix('torch.')}"

@@ -159,7 +159,7 @@ class Constant(Actor):
     improve = bootstrap
 
 
-@pytest.mark.parametrize("collector", ["async", "ray"])
+@pytest.mark.parametrize("collector", ["async", pytest.param("ray", marks=pytest.mark.slow)])
 def test_other_processes_collect_with_the_newest_policy_or_that_of_one_collection_ago(tmp_path, collector):
     if collector == "ray":
         pytest.importorskip("ray")

@@ -82,6 +82,8 @@ def test_killed_run_goes_on_bit_for_bit(
 def test_run_without_a_checkpoint_starts_over_on_the_old_replay_files(
     assert_same_runs, program, spawn, wait_for_updates, arguments, uninterrupted, tmp_path
 ):
+    if uninterrupted.parent.name != "gpl_cheetah":
+        pytest.skip("one is enough")
     process = spawn(*arguments, f"output_root={tmp_path}", "checkpoint_every=64")
     kill_after(process, tmp_path, 16, wait_for_updates)
     (folder,) = next(tmp_path.iterdir()).iterdir()
@@ -111,4 +113,4 @@ def test_checkpoint_of_another_number_of_environments_is_one_sentence(program, u
     finished = program(name, f"ckpt_path={uninterrupted}", "module.updates=200", "datamodule.num_envs=6")
     assert finished.code == 1
     assert len(finished.err.strip().splitlines()) == 1
-    assert "expected" in finished.err
+    assert finished.err.startswith("datamodule.num_envs=6: expected ")

@@ -244,9 +244,9 @@ def test_actor_pessimism_and_targets_wait_for_their_turn(transitions):
     assert all("critic" in names for names in moved)
 
 
-@pytest.mark.parametrize("critic", [CRITIC, partial(EnsembleResidualMLP, hidden_dim=8)])
-def test_compiled_updates_are_the_eager_ones(transitions, critic):
+def test_compiled_updates_are_the_eager_ones(transitions):
     losses = []
+    critic = partial(EnsembleResidualMLP, hidden_dim=8)
     for mode in (None, "default"):
         made = agent(pessimism=DualPessimism(), critic=critic, members=3, actor_every=2, compile=mode)
         torch.manual_seed(1)

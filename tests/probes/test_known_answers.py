@@ -116,7 +116,7 @@ def test_actor_critics_find_the_best_action_and_its_value(name):
         "critic_learning_rate": 3e-3,
         "actor_learning_rate": 3e-3,
         "target_rate": 0.05,
-        "updates": 1500,
+        "updates": 1000,
         **AGENTS[name],
     }
     if "temperature" in settings:
@@ -130,7 +130,7 @@ def test_actor_critics_find_the_best_action_and_its_value(name):
     def reward(state, action):
         return 1 - (action - best(state)).square().sum(-1, keepdim=True)
 
-    for _ in range(1500):
+    for _ in range(1000):
         state, action = 2 * torch.rand(128, 1) - 1, 2 * torch.rand(128, 2) - 1
         following = {
             "observation": state,
