@@ -36,6 +36,12 @@ class Checkpoint(L.Callback):
             raise ValueError(
                 f"checkpoint_every={self.every} is no multiple of updates_per_step={module.updates_per_step}."
             )
+        allowed = getattr(trainer.datamodule, "checkpoint_every", self.every)
+        if self.every > allowed:
+            raise ValueError(
+                f"callbacks.checkpoint.every={self.every}: expected at most datamodule.checkpoint_every={allowed}, for "
+                "which the replay buffer has room."
+            )
         for logger in trainer.loggers:
             if hasattr(logger, "rewind"):
                 logger.rewind(module.updates)
@@ -61,6 +67,8 @@ class Checkpoint(L.Callback):
             )
         began = time.monotonic()
         trainer.save_checkpoint(self.path)
+        if not trainer.is_global_zero:
+            return
         self._seconds.append(time.monotonic() - began)
         # Datamodules that keep experience beside the checkpoint say what they had to write.
         self._bytes.append(self.path.stat().st_size + getattr(trainer.datamodule, "saved_bytes", 0))

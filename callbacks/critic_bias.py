@@ -41,6 +41,15 @@ class CriticBias(L.Callback):
         self.rows = rows
         self.scored_steps = scored_steps
 
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        for name in ("valued_policy", "values", "alpha", "discount"):
+            if not hasattr(module, name):
+                raise ValueError(
+                    f"callbacks.critic_bias: expected an actor-critic, found {type(module).__name__} without {name}."
+                )
+        if not 0 < module.discount < 1:
+            raise ValueError(f"module.discount={module.discount}: expected a number between 0 and 1 for critic_bias.")
+
     def on_validation_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._probe(module)
 
@@ -84,7 +93,7 @@ class CriticBias(L.Callback):
         mask = scored["alive"][..., 0]
         bias = (mean - returns)[mask]
         size = returns[mask].abs().mean().item()
-        per_row = ((mean - returns) * mask).sum(1) / mask.sum(1)
+        per_row = ((mean - returns) * mask).sum(1) * (self.rows / mask.sum())  # their mean is that over all states
         scores = {
             "critic_bias/mean": per_row.tolist(),
             "critic_bias/std": [bias.std().item()],

@@ -149,6 +149,8 @@ class EntropyTemperature(nn.Module):
 
     def __init__(self, action_dim: int, initial: float = 1.0, target_entropy: float | None = None) -> None:
         super().__init__()
+        if initial <= 0:
+            raise ValueError(f"initial={initial}: expected a temperature above 0; module.temperature=null is for none.")
         self.log_alpha = nn.Parameter(torch.tensor(float(initial)).log())
         self.target_entropy = float(-action_dim if target_entropy is None else target_entropy)
 

@@ -18,7 +18,7 @@ def pairwise_disagreement(x: Tensor) -> Tensor:
     """Mean absolute difference of two distinct ensemble members, elementwise: [P, ...] -> [...].
 
     1 / (P (P - 1)) sum_{p != q} |x_p - x_q|: the Gini mean difference, which is the expected Wasserstein-1 distance of
-    two members (arXiv 2110.03375, section 3); zero for a single member.
+    two members (arXiv 2110.03375); zero for a single member.
     """
     members = x.shape[0]
     if members == 1:
@@ -103,7 +103,7 @@ class SubsetMinimumPessimism(Pessimism):
 
 
 class FixedPessimism(Pessimism):
-    """Mean over the critics less beta times their disagreement: Q_mean - beta U (arXiv 2110.03375, section 3).
+    """Mean over the critics less beta times their disagreement: Q_mean - beta U (arXiv 2110.03375).
 
     0 is the plain mean, 0.5 the minimum of two critics or the average of pairwise minima of more, below 0 optimism.
     With quantiles the critics' distributions are compared: sorted quantiles are averaged over the critics, and U, their
@@ -136,7 +136,7 @@ class FixedPessimism(Pessimism):
 
 
 class DualPessimism(FixedPessimism):
-    """Learns beta as the dual variable of "targets are unbiased on average": dual TD-learning (arXiv 2110.03375, 4).
+    """Learns beta as the dual variable of "targets are unbiased on average": dual TD-learning (arXiv 2110.03375).
 
     Replay actions were not chosen to exploit the critics of today, so that the mean TD error tells how far the targets,
     whose actions were, lie above (negative: beta rises) or below them (beta falls). The error measures the *drift* of

@@ -49,7 +49,8 @@ class EvaluationTask:
 
     def inference_samples(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """States [n, O] drawn from the data's next states and their rewards [n, T], on `device`."""
-        assert self._samples is not None
+        if self._samples is None:
+            raise ValueError("The method infers its task from stored transitions, and this datamodule has none.")
         observation, reward = self._samples()
         return observation.to(device), reward.to(device)
 

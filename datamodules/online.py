@@ -35,7 +35,7 @@ class OnlineDataModule(EnvironmentDataModule):
 
     Args:
         environment, protocols: see `EnvironmentDataModule`.
-        replay_folder: where the replay buffer's files lie.
+        replay_folder: where the replay buffer's files lie; they stay when the run is over.
         collector: ``sync`` collects between updates, in this process. ``async`` collects beside them, in a process of
             its own with a copy of the policy that is one collection old. Its environments begin new episodes when a
             run resumes, and when a batch arrives depends on the machine: such runs lose nothing, but can't be repeated
@@ -60,7 +60,7 @@ class OnlineDataModule(EnvironmentDataModule):
         environment: Callable[..., MeasuredEnv],
         protocols: Mapping[str, Mapping[str, Any]],
         *,
-        replay_folder: str | None,
+        replay_folder: str,
         collector: str = "sync",
         workers: int = 2,
         num_envs: int = 1,
@@ -139,11 +139,12 @@ class OnlineDataModule(EnvironmentDataModule):
                     f"The checkpoint has the experience of {len(states)} processes, expected {world_size()}: it can "
                     "only be resumed with as many."
                 )
-            if self._restored["num_envs"] != self.num_envs:
-                raise ValueError(
-                    f"datamodule.num_envs={self.num_envs}: expected {self._restored['num_envs']} as in the checkpoint, "
-                    "whose episodes go on."
-                )
+            for name, value in self._layout().items():
+                if self._restored["layout"][name] != value:
+                    raise ValueError(
+                        f"datamodule.{name}={value}: expected {self._restored['layout'][name]} as in the checkpoint, "
+                        "whose episodes and replay data go on."
+                    )
             own = states[rank()]
             self.replay.restore(own["written"])
             environment = own["environment"]
@@ -152,8 +153,13 @@ class OnlineDataModule(EnvironmentDataModule):
             if environment is not None:
                 self._env.set_extra_state(environment)
                 self._episode = own["episode"].clone()
-        elif self.replay.written and rank() == 0:
-            print("The environments are in a process of their own and begin new episodes.", flush=True)
+        else:
+            began = self.replay.written > 0
+            if began:
+                self.replay.end_episodes()
+            if rank() == 0:
+                anew = ", and its environments begin new episodes" if began else ""
+                print(f"Other processes collect: this run can't be repeated exactly{anew}.", flush=True)
         # Collectors try out policy and environment when they are made; a run that resumes must not notice.
         with torch.random.fork_rng(devices=[module.device] if module.device.type == "cuda" else []):
             self._running = self._make_collector(make_env, module)
@@ -244,7 +250,12 @@ class OnlineDataModule(EnvironmentDataModule):
         if world_size() > 1:
             states = [None] * world_size()
             torch.distributed.all_gather_object(states, own)
-        return {"num_envs": self.num_envs, "processes": states}
+        return {"layout": self._layout(), "processes": states}
+
+    def _layout(self) -> dict[str, Any]:
+        """What the files of the replay buffer depend on."""
+        names = ("num_envs", "replay_capacity", "steps_per_collection", "checkpoint_every")
+        return {"updates_per_env_step": str(self.updates_per_env_step), **{name: getattr(self, name) for name in names}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None

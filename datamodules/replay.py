@@ -91,6 +91,12 @@ class ReplayBuffer:
                 self._numbers[place] = self.written
             self.written += 1
 
+    def end_episodes(self) -> None:
+        """Mark the newest step as the last of its episodes: what is written next begins new ones."""
+        place = (self.written - 1) % self.ring
+        for data in (self._data, self._files):
+            data["next", "truncated"][place] = ~data["next", "terminated"][place]
+
     def commit(self) -> int:
         """Make everything written so far outlast this process; returns the bytes that had to be written.
 
@@ -127,8 +133,7 @@ class ReplayBuffer:
         for key in [*expected, *found]:
             if found.get(key) != expected.get(key):
                 raise ValueError(
-                    f"{self.folder}: expected {key} to be {_text(expected.get(key))}, found {_text(found.get(key))}; "
-                    "the replay buffer's capacity and checkpoint_every must stay what they were."
+                    f"{self.folder}: expected {key} to be {_text(expected.get(key))}, found {_text(found.get(key))}."
                 )
         window = torch.arange(max(0, written - self.steps), written)
         if not torch.equal(self._numbers[window % self.ring], window):

@@ -143,8 +143,11 @@ def _plot_curves(
         axis.set_xlabel(clock.replace("env_", "environment "), fontsize=7)
     for axis in axes[len(curves) :]:
         axis.set_axis_off()
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
+    entries = {}
+    for axis in axes:  # not every arm has every metric
+        entries |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels())}
+    labels = list(entries)
+    figure.legend(entries.values(), labels, loc="outside lower center", ncols=len(labels), fontsize=8)
     name = "learning_curves.png"
     figure.savefig(folder / name, dpi=120)
     return name

@@ -43,7 +43,7 @@ class ActorCritic(LearningMethod):
         targets_every: updates of the critics for one of the target networks.
         target_actor: bootstrap from a Polyak average of the actor (TD3).
         actor_max_norm: the actor's gradient is clipped to this global norm; None leaves it.
-        value_limit: stop the run when the mean |Q| of the training batches exceeds this: the critics have diverged.
+        value_limit: stop the run when the mean Q of training batches exceeds this in size: the critics diverge.
     """
 
     progress_bar_metrics = ("episode_return", "q_mean", "critic_loss")
@@ -82,6 +82,8 @@ class ActorCritic(LearningMethod):
             pessimism_every=pessimism_every,
             targets_every=targets_every,
         )
+        if not 0.0 <= discount <= 1.0:
+            raise ValueError(f"discount={discount}: expected a number from 0 to 1.")
         self.critic = critic(observation_dim + action_dim, quantiles, members)
         self.actor = actor(observation_dim, action_dim)
         self.pessimism = pessimism
@@ -119,7 +121,7 @@ class ActorCritic(LearningMethod):
         return {name: (self.updates + 1) % every == 0 for name, every in due.items()}
 
     def update(self, batch: TensorDict, actor: bool = True, pessimism: bool = True, targets: bool = True) -> TensorDict:
-        """Critics, then pessimism, then actor and temperature, then targets (arXiv 2110.03375, algorithm 1).
+        """Critics, then pessimism, then actor and temperature, then targets, in the order of published code.
 
         Args:
             batch: [B] with observation [B, O], action [B, A], and next observation, reward [B, 1], terminated [B, 1];
@@ -152,6 +154,7 @@ class ActorCritic(LearningMethod):
         next_action, log_prob = (self.target_actor or self.actor).bootstrap(next_observation)
         q = self.target_critic(torch.cat([next_observation, next_action], -1))
         value = self.pessimism.target(q) - (self.alpha() * log_prob)[:, None]
+        assert batch["next", "reward"].shape == (len(value), 1)  # or they would broadcast
         steps = batch.get("steps_to_next_obs", None)
         discount = self.discount if steps is None else self.discount**steps
         return batch["next", "reward"] + discount * (1.0 - batch["next", "terminated"].float()) * value
@@ -196,7 +199,8 @@ class ActorCritic(LearningMethod):
 
     def valued_policy(self) -> TensorDictModule:
         """The policy whose value the critics learn: it writes ``action`` and ``action_log_prob``."""
-        return TensorDictModule(ActorPolicy(self.actor, "bootstrap"), ["observation"], ["action", "action_log_prob"])
+        bootstrap = ActorPolicy(self.target_actor or self.actor, "bootstrap")
+        return TensorDictModule(bootstrap, ["observation"], ["action", "action_log_prob"])
 
     @torch.no_grad()
     def values(self, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:

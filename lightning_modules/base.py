@@ -174,7 +174,7 @@ class LearningMethod(L.LightningModule, ABC):
         """Add to the training metrics `names` the sums `values` over `count` observations of each."""
         if names in self._tallies:
             total, counted = self._tallies[names]
-            total += values
+            total += values.to(total.device)
             self._tallies[names] = (total, counted + count)
         else:
             self._tallies[names] = (values.clone(), count)

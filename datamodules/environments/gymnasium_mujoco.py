@@ -57,6 +57,7 @@ class GymnasiumMujocoEnv(MeasuredEnv):
         self.episode_length = episode_length
         self.step_seconds = float(self._envs[0].dt)
         model = self._envs[0].model
+        self._high = self._envs[0].action_space.high  # the humanoid's is 0.4
         self._nq = model.nq
         self.declare_measurements({"reward": 0}, {"reward": "reward"}, self.body)
         self._renderer: mujoco.Renderer | None = None
@@ -84,7 +85,7 @@ class GymnasiumMujocoEnv(MeasuredEnv):
     # --- TorchRL ---
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        actions = tensordict["action"].numpy(force=True)
+        actions = self._high * tensordict["action"].numpy(force=True)
         self._reward = np.zeros_like(self._reward)
         for row in np.flatnonzero(~self._terminated & (self._steps < self.episode_length)).tolist():
             observation, self._reward[row], self._terminated[row], _, _ = self._envs[row].step(actions[row])

@@ -9,14 +9,14 @@ from launch.checkpoints import load_checkpoint
 
 SMALL = (
     "module.updates=160",
-    "module.log_every=8",
+    "module.log_every=20",
     "datamodule.updates_per_step=2",
     "datamodule.random_steps=60",
     "datamodule.evaluate_every=64",
     "datamodule.batch_size=16",
     "datamodule.episodes=2",
     "datamodule.curve_episodes=1",
-    "checkpoint_every=16",
+    "checkpoint_every=24",
     "callbacks.critic_bias.rows=2",
     "callbacks.critic_bias.scored_steps=4",
     "module.discount=0.8",
@@ -29,7 +29,7 @@ RUNS = {
         *NARROW,
         "~arms.sac",
         "callbacks=critic_bias",
-        "+datamodule.environment.episode_length=26",
+        "+datamodule.environment.episode_length=28",
         "datamodule.n_step=3",
         "datamodule.replay_capacity=80",
     ),
@@ -68,10 +68,11 @@ def test_killed_run_goes_on_bit_for_bit(
     assert_same_runs, program, spawn, wait_for_updates, arguments, uninterrupted, tmp_path
 ):
     root = f"output_root={tmp_path}"
-    kill_after(spawn(*arguments, root), tmp_path, 88, wait_for_updates)
+    kill_after(spawn(*arguments, root), tmp_path, 100, wait_for_updates)
     (folder,) = next(tmp_path.iterdir()).iterdir()
     saved = load_checkpoint(folder / "gpl" / "seed_0" / "checkpoints" / "last.ckpt")
     assert 64 <= saved["learning_method"]["updates"] < 160
+    assert any(tally[2] for tally in saved["learning_method"]["processes"][0]["tallies"])  # between two records
     (experience,) = saved["OnlineDataModule"]["processes"]
     assert experience["environment"]["steps"].min() > 0  # in the middle of episodes
     finished = program(arguments[0], f"ckpt_path={folder}")
@@ -85,10 +86,10 @@ def test_run_without_a_checkpoint_starts_over_on_the_old_replay_files(
     if uninterrupted.parent.name != "gpl_cheetah":
         pytest.skip("one is enough")
     process = spawn(*arguments, f"output_root={tmp_path}", "checkpoint_every=64")
-    kill_after(process, tmp_path, 16, wait_for_updates)
+    kill_after(process, tmp_path, 20, wait_for_updates)
     (folder,) = next(tmp_path.iterdir()).iterdir()
     (folder / "gpl" / "seed_0" / "checkpoints" / "last.ckpt").unlink(missing_ok=True)
-    finished = program(arguments[0], f"ckpt_path={folder}", "checkpoint_every=16")
+    finished = program(arguments[0], f"ckpt_path={folder}", "checkpoint_every=24")
     assert finished.code == 0, finished.err
     assert_same_runs(folder, uninterrupted, ["gpl"])
 

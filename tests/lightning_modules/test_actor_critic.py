@@ -226,6 +226,59 @@ def test_beta_is_not_learned_through_the_target(transitions):
     assert torch.autograd.grad(loss, made.pessimism.beta, allow_unused=True) == (None,)
 
 
+def test_one_update_is_these_steps_in_this_order(transitions):
+    """Critics; beta by the errors before they moved; the actor with the new critics and beta; then the targets."""
+    made = agent(
+        pessimism=DualPessimism(0.4),
+        members=3,
+        temperature=None,
+        actor=partial(DeterministicActor, network=NETWORK, target_std=0.0),
+        actor_learning_rate=1e-2,
+        critic_learning_rate=1e-2,
+        pessimism_learning_rate=0.2,
+        target_rate=0.1,
+    )
+    other, batch = copy.deepcopy(made), transitions(32)
+    made.update(batch)
+
+    def adam(parameters, loss, **settings):
+        optimizer = torch.optim.Adam(parameters, **settings)
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+            parameter.grad = gradient
+        optimizer.step()
+
+    seen, action = batch["observation"], batch["action"]
+    with torch.no_grad():
+        after = torch.cat([batch["next", "observation"], other.actor.act(batch["next", "observation"])], -1)
+        q = other.target_critic(after)
+        pairs = sum((q[i] - q[j]).abs() for i in range(3) for j in range(3)) / 6
+        going = 1 - batch["next", "terminated"].float()
+        target = batch["next", "reward"] + 0.99 * going * (q.mean(0) - 0.4 * pairs)
+    errors = other.critic(torch.cat([seen, action], -1)) - target
+    adam(list(other.critic.parameters()), 0.5 * errors.square().sum(0).mean(), lr=1e-2)
+    beta = torch.tensor(0.4, requires_grad=True)
+    adam([beta], beta * errors.detach().mean(), lr=0.2, betas=(0.5, 0.999), eps=1e-7)
+    q = other.critic(torch.cat([seen, other.actor.act(seen)], -1))
+    pairs = sum((q[i] - q[j]).abs() for i in range(3) for j in range(3)) / 6
+    adam(list(other.actor.parameters()), -(q.mean(0) - beta.detach() * pairs).mean(), lr=1e-2)
+    torch.testing.assert_close(made.pessimism.beta.detach(), beta.detach())
+    assert abs(beta.item() - 0.4) > 0.1
+    for network in ("critic", "actor"):
+        torch.testing.assert_close(getattr(made, network).state_dict(), getattr(other, network).state_dict())
+    for moved, old, new in zip(
+        made.target_critic.parameters(), other.target_critic.parameters(), other.critic.parameters(), strict=True
+    ):
+        torch.testing.assert_close(moved, 0.9 * old + 0.1 * new.detach())
+
+
+def test_rewards_without_their_last_dimension_do_not_broadcast(transitions):
+    batch = transitions(32)
+    flat = batch["next", "reward"][:, 0]
+    batch["next"] = TensorDict({**batch["next"], "reward": flat}, [32])
+    with pytest.raises(AssertionError):
+        agent().update(batch)
+
+
 # -- the schedule -------------------------------------------------------------------------------------------------
 
 

@@ -36,7 +36,7 @@ def test_agrees_with_gymnasium(body):
         physics = start["physics"][row].numpy()
         own.set_state(physics[: own.model.nq], physics[own.model.nq :])
         for t in range(len(actions)):
-            observation, reward, terminated, _, _ = own.step(actions[t, row].numpy())
+            observation, reward, terminated, _, _ = own.step(own.action_space.high * actions[t, row].numpy())
             found = steps[row, t]
             np.testing.assert_allclose(found["observation"], observation, rtol=1e-4, atol=1e-5)
             assert float(found["reward"]) == pytest.approx(reward, rel=1e-4, abs=1e-5)
