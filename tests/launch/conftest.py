@@ -24,7 +24,7 @@ from launch.errors import run_reporting_errors
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (
     "experiment=fb_overdrive",
-    "module.updates=120",
+    "module.updates=240",
     "datamodule.updates_per_step=5",
     "datamodule.evaluate_every=40",
     "checkpoint_every=10",
