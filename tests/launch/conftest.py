@@ -5,11 +5,13 @@ import io
 import json
 import logging.config
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,8 @@ def spawn() -> Iterator[Callable[..., subprocess.Popen]]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # Shells start background jobs with Ctrl-C ignored, and children inherit that.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
         )
         processes.append(process)
         return process
