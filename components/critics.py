@@ -22,11 +22,12 @@ def critic_loss(q: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         The loss, and the errors q - target without gradient, [P, B] (of the means over quantiles).
     """
     target = target.detach()
-    errors = (q.detach().mean(-1) - target.mean(-1)).detach()
-    if q.shape[-1] == 1:
-        return 0.5 * (q - target).square().sum((0, 2)).mean(), errors
+    if q.shape[-1] == target.shape[-1] == 1:
+        errors = q - target
+        return 0.5 * errors.square().sum((0, 2)).mean(), errors.detach().squeeze(-1)
+    errors = q.detach().mean(-1) - target.mean(-1)
     fractions = (torch.arange(q.shape[-1], device=q.device, dtype=q.dtype) + 0.5) / q.shape[-1]
     ahead = target[:, None, :] - q[..., None]  # [P, B, M, K]
-    huber = torch.nn.functional.huber_loss(q[..., None], target[:, None, :].expand_as(ahead), reduction="none")
+    huber = torch.nn.functional.huber_loss(ahead, torch.zeros_like(ahead), reduction="none")
     weight = (fractions[:, None] - (ahead.detach() < 0).to(q.dtype)).abs()
     return (weight * huber).sum((0, 2, 3)).mean(), errors

@@ -65,15 +65,17 @@ class TanhGaussianPolicy:
 
     def sample_with_log_prob(self) -> tuple[Tensor, Tensor]:
         """Reparameterised actions [..., A] and their log-densities [...]."""
-        u = self.pre_tanh_mean + self.std * torch.randn_like(self.pre_tanh_mean)
-        return u.tanh(), self._log_prob(u)
+        noise = torch.randn_like(self.pre_tanh_mean)
+        u = self.pre_tanh_mean + self.std * noise
+        return u.tanh(), self._log_prob(u, noise)
 
     def log_prob(self, action: Tensor) -> Tensor:
         """Log-densities [...] of actions [..., A] inside of (-1, 1)."""
-        return self._log_prob(action.atanh())
+        u = action.atanh()
+        return self._log_prob(u, (u - self.pre_tanh_mean) / self.std)
 
-    def _log_prob(self, u: Tensor) -> Tensor:
-        normal = -0.5 * (((u - self.pre_tanh_mean) / self.std).square() + math.log(2 * math.pi)) - self.std.log()
+    def _log_prob(self, u: Tensor, noise: Tensor) -> Tensor:
+        normal = -0.5 * (noise.square() + math.log(2 * math.pi)) - self.std.log()
         # log(1 - tanh(u)^2), finite for any u
         correction = 2 * (math.log(2.0) - u - nn.functional.softplus(-2 * u))
         return (normal - correction).sum(-1)

@@ -57,6 +57,7 @@ class ReplayBuffer:
         self._files: TensorDict | None = None
         self._numbers: Tensor | None = None
         self._data: TensorDictBase | None = None
+        self._rows: dict[tuple[str, ...], Tensor] = {}  # views of the same, all transitions one after the other
 
     @property
     def size(self) -> int:
@@ -79,6 +80,10 @@ class ReplayBuffer:
                 batch_size=self._layout.batch_size,
                 device=self.device,
             )
+        self._rows = {
+            key if isinstance(key, tuple) else (key,): value.flatten(0, 1)
+            for key, value in self._data.items(include_nested=True, leaves_only=True)
+        }
 
     def extend(self, batch: TensorDictBase) -> None:
         """Append steps [N, T] as a collector gives them."""
@@ -162,23 +167,31 @@ class ReplayBuffer:
         flat = torch.randint(starts * self.num_envs, shape, generator=generator)
         if self.device.type == "cuda":
             flat = flat.pin_memory().to(self.device, non_blocking=True)
-        row = flat % self.num_envs
-        step = flat // self.num_envs + (self.written - self.size)
+        # Transitions lie in the ring in the order in which they were written: N of each step.
+        first = (self.written - self.size) * self.num_envs
+        start, count = flat + first, self.ring * self.num_envs
         if n_step == 1:
-            return self._data[step % self.ring, row]
+            return self._transitions(start % count)
         going = torch.ones(*shape, 1, dtype=torch.bool, device=self.device)
         reward, steps = torch.zeros(*shape, 1, device=self.device), torch.zeros(*shape, 1, device=self.device)
+        last = start
         for k in range(n_step):
-            there = (step + k) % self.ring, row
-            reward = reward + discount**k * going * self._data["next", "reward"][there]
+            place = (start + k * self.num_envs) % count
+            last = torch.where(going[..., 0], place, last)
+            reward = reward + discount**k * going * self._rows["next", "reward"][place]
             steps = steps + going
-            going = going & ~(self._data["next", "terminated"][there] | self._data["next", "truncated"][there])
-        batch = self._data[step % self.ring, row]
-        last = self._data["next"][(step + steps[..., 0].long() - 1) % self.ring, row]
-        batch["next"] = last
+            going = going & ~(self._rows["next", "terminated"][place] | self._rows["next", "truncated"][place])
+        batch = self._transitions(start % count)
+        batch["next"] = self._transitions(last)["next"]
         batch["next", "reward"] = reward
         batch["steps_to_next_obs"] = steps
         return batch
+
+    def _transitions(self, place: Tensor) -> TensorDict:
+        """Those at these places of the ring, counted in transitions: [*place.shape]."""
+        flat = place.flatten()
+        rows = {key: values.index_select(0, flat).unflatten(0, place.shape) for key, values in self._rows.items()}
+        return TensorDict(rows, batch_size=place.shape, device=self.device)
 
 
 def _text(layout: tuple[torch.Size, torch.dtype] | None) -> str:

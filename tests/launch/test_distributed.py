@@ -54,8 +54,9 @@ def noise_of_the_row(self, clip=None, sample_shape=()):
 
 def tanh_noise_of_the_row(self):
     """The same for the tanh-Gaussian policy."""
-    u = self.pre_tanh_mean + self.std * torch.sin(50 * self.pre_tanh_mean.detach() + 1)
-    return u.tanh(), self._log_prob(u)
+    noise = torch.sin(50 * self.pre_tanh_mean.detach() + 1)
+    u = self.pre_tanh_mean + self.std * noise
+    return u.tanh(), self._log_prob(u, noise)
 
 
 def gradients() -> dict[str, list[torch.Tensor]]:
