@@ -1,6 +1,7 @@
 """Control steps per second of humanoid: TorchRL's collector over its own environment and over `BatchedMujocoEnv`.
 
-Both sides run the same collector and the same policy network, inference included, one after the other in one process:
+Both sides run the same collector and the same policy network, inference included, one after the other: in this process,
+and beside it in one of the collector's own, as `collector=sync` and `collector=async` do:
 
     python -m benchmarks.environment_speed --num-envs 1024 --seconds 10
 """
@@ -9,10 +10,11 @@ import argparse
 import os
 import time
 import warnings
+from functools import partial
 
 import torch
 from tensordict.nn import TensorDictModule
-from torchrl.collectors import Collector
+from torchrl.collectors import AsyncCollector, BaseCollector, Collector
 from torchrl.envs import CatTensors, DMControlEnv, DoubleToFloat, EnvBase, TransformedEnv
 
 from datamodules.environments.batched_mujoco import BatchedMujocoEnv
@@ -40,14 +42,11 @@ def suite_environment() -> EnvBase:
     return environment
 
 
-def measure(
-    environment: EnvBase, policy: TensorDictModule, frames_per_batch: int, seconds: float
-) -> tuple[float, float]:
+def measure(collector: BaseCollector, seconds: float) -> tuple[float, float]:
     """Control steps per second and processor microseconds per step, over whole batches, the first one left out.
 
-    Processor time is what a busy machine does not distort.
+    Processor time, of this process, is what a busy machine does not distort.
     """
-    collector = Collector(environment, policy, frames_per_batch=frames_per_batch, total_frames=-1)
     collected, began, processor = 0, 0.0, 0.0
     for index, batch in enumerate(collector):
         if index == 0:
@@ -72,15 +71,27 @@ def main() -> None:
     torch.set_num_threads(1)
     policy = make_policy()
     print(f"humanoid on {len(os.sched_getaffinity(0))} cores, policy 67-256-256-21 included")
+    own = partial(BatchedMujocoEnv, "humanoid", "stand", arguments.num_envs)
+    frames = 20 * arguments.num_envs
     for _ in range(arguments.repeats):
-        single, single_cost = measure(suite_environment(), policy, 500, arguments.seconds)
-        name = "Collector over DMControlEnv, 1 environment"
-        print(f"  {name:51s} {single:7.0f} steps/s, {single_cost:5.0f} us CPU/step")
-        environment = BatchedMujocoEnv("humanoid", "stand", arguments.num_envs)
-        batched, cost = measure(environment, policy, 20 * arguments.num_envs, arguments.seconds)
-        name = f"Collector over BatchedMujocoEnv, {arguments.num_envs} environments"
-        print(f"  {name:51s} {batched:7.0f} steps/s, {cost:5.0f} us CPU/step")
+        single, single_cost = measure(Collector(suite_environment(), policy, **collection(500)), arguments.seconds)
+        show("Collector over DMControlEnv, 1 environment", single, single_cost)
+        batched, cost = measure(Collector(own(), policy, **collection(frames)), arguments.seconds)
+        show(f"Collector over BatchedMujocoEnv, {arguments.num_envs} environments", batched, cost)
         print(f"  ratio {batched / single:.1f} in steps/s, {single_cost / cost:.1f} in CPU time")
+        single, _ = measure(AsyncCollector(suite_environment, policy, **collection(500)), arguments.seconds)
+        show("AsyncCollector over DMControlEnv, 1 environment", single)
+        batched, _ = measure(AsyncCollector(own, policy, **collection(frames)), arguments.seconds)
+        show(f"AsyncCollector over BatchedMujocoEnv, {arguments.num_envs} environments", batched)
+        print(f"  ratio {batched / single:.1f} in steps/s")
+
+
+def collection(frames: int) -> dict[str, int]:
+    return {"frames_per_batch": frames, "total_frames": -1}
+
+
+def show(name: str, speed: float, cost: float | None = None) -> None:
+    print(f"  {name:56s} {speed:7.0f} steps/s" + ("" if cost is None else f", {cost:5.0f} us CPU/step"), flush=True)
 
 
 if __name__ == "__main__":

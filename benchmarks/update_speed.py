@@ -1,16 +1,21 @@
-"""Updates per second of forward-backward agents: eager, compiled, and inside the framework.
+"""Updates per second: eager, compiled, inside the framework, and as a single-file script would make them.
 
-    python -m benchmarks.update_speed [--seconds 20]
+    python -m benchmarks.update_speed [--rounds 5]
 
-Prints, for the sizes of `experiment=fb_humanoid` (and of the paper where there is a GPU), the bare `update` eager and
-compiled, and the whole Lightning loop around the same update on the same data, interleaved in one run. The overhead of
-the framework is the loop's time per update over the bare update's.
+Prints, for forward-backward agents at the sizes of `experiment=fb_humanoid` (and of the paper where there is a GPU),
+the bare `update` eager and compiled, and the whole Lightning loop around the same update on the same data; the overhead
+of the framework is the loop's time per update over the bare update's. For SAC (two critics 256-256, batch 256) and
+generalised pessimism learning (ten "modern" critics of 256, the actor after every twentieth update), the Lightning loop
+with batches from the replay buffer beside the loops of `benchmarks.single_file`, which make the same updates. All that
+is compared takes turns in one run.
 """
 
 import argparse
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import count
 from statistics import median
 
 import lightning as L
@@ -20,7 +25,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 
-from datamodules.sampling import UniformBatches
+from benchmarks.single_file import GPL, SAC, Batch, ModernCritics, SimpleCritics, make_training
+from datamodules.replay import ReplayBuffer
+from datamodules.sampling import UniformBatches, batch_generator
 from launch.experiments import CONFIGS
 from launch.study import quieten
 from lightning_modules.base import LearningMethod
@@ -28,23 +35,30 @@ from lightning_modules.base import LearningMethod
 ROWS = 100_000
 
 
-def make_module(experiment: str, arm: str, overrides: list[str], device: torch.device) -> tuple[LearningMethod, int]:
-    """The method of an experiment's arm on `device`, and its batch size."""
+def make_module(overrides: list[str], sizes: tuple[int, int], device: torch.device) -> tuple[LearningMethod, int]:
+    """The method that `overrides` compose, for observations and actions of these sizes, and its batch size."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        arms = compose("train", [f"experiment={experiment}"]).arms
-        config = compose("train", [f"experiment={experiment}", *arms.get(arm, []), *overrides])
+        config = compose("train", overrides)
     torch.manual_seed(0)
     config.module.updates_per_step = OmegaConf.to_container(config.datamodule, resolve=False)["updates_per_step"]
-    return instantiate(config.module, observation_dim=67, action_dim=21).to(device), config.datamodule.batch_size
+    made = instantiate(config.module, observation_dim=sizes[0], action_dim=sizes[1])
+    return made.to(device), config.datamodule.batch_size
 
 
-def make_data(device: torch.device) -> TensorDict:
+def arm_of(experiment: str, arm: str) -> list[str]:
+    """The overrides that compose an experiment's arm."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return [f"experiment={experiment}", *compose("train", [f"experiment={experiment}"]).arms[arm]]
+
+
+def make_data(sizes: tuple[int, int], device: torch.device) -> TensorDict:
     generator = torch.Generator().manual_seed(0)
     rows = {
-        "observation": torch.randn(ROWS, 67, generator=generator),
-        "action": 2 * torch.rand(ROWS, 21, generator=generator) - 1,
+        "observation": torch.randn(ROWS, sizes[0], generator=generator),
+        "action": 2 * torch.rand(ROWS, sizes[1], generator=generator) - 1,
         "next": {
-            "observation": torch.randn(ROWS, 67, generator=generator),
+            "observation": torch.randn(ROWS, sizes[0], generator=generator),
+            "reward": torch.randn(ROWS, 1, generator=generator),
             "terminated": torch.zeros(ROWS, 1, dtype=torch.bool),
         },
     }
@@ -67,12 +81,12 @@ def time_bare(module: LearningMethod, batches: list[TensorDict], updates: int) -
     return (time.perf_counter() - start) / updates
 
 
-def time_loop(module: LearningMethod, data: TensorDict, batch_size: int, updates: int) -> float:
-    """Seconds per update of the Lightning loop, without its start."""
+def time_loop(module: LearningMethod, batches: Iterable[TensorDict], updates: int) -> float:
+    """Seconds per update of the Lightning loop over stacks of batches, without its start."""
     steps = module.updates_per_step
     clock = Clock()
     trainer = L.Trainer(
-        accelerator="gpu" if data.device is not None and data.device.type == "cuda" else "cpu",
+        accelerator="gpu" if module.device.type == "cuda" else "cpu",
         devices=1,
         max_epochs=-1,
         callbacks=[clock],
@@ -82,8 +96,19 @@ def time_loop(module: LearningMethod, data: TensorDict, batch_size: int, updates
         enable_model_summary=False,
     )
     module.updates, module.total_updates = 0, updates + steps
-    trainer.fit(module, UniformBatches(data, batch_size, steps, 0, updates + steps, seed=0))
+    trainer.fit(module, batches)
     return clock.seconds / updates
+
+
+class ReplayBatches:
+    """Stacks of batches from a replay buffer, without end."""
+
+    def __init__(self, replay: ReplayBuffer, shape: tuple[int, int]) -> None:
+        self.replay, self.shape = replay, shape
+
+    def __iter__(self) -> Iterator[TensorDict]:
+        for update in count():
+            yield self.replay.sample(self.shape, batch_generator(0, update))
 
 
 class Clock(L.Callback):
@@ -100,52 +125,123 @@ class Clock(L.Callback):
         self.seconds = now - self.started
 
 
-def interleaved(measures: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """The median of each measure over rounds in which all take their turn: load on the machine meets all alike."""
+def interleaved(measures: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Each measure's seconds in rounds in which all take their turn: load on the machine meets all alike."""
     results: dict[str, list[float]] = {name: [] for name in measures}
     for _ in range(rounds):
         for name, measure in measures.items():
             results[name].append(measure())
-    return {name: median(values) for name, values in results.items()}
+    return results
 
 
-def report(experiment: str, arm: str, title: str, device: torch.device, rounds: int, updates: int) -> None:
-    data = make_data(device)
-    module, batch_size = make_module(experiment, arm, [], device)
-    batches = list(UniformBatches(data, batch_size, 1, 0, 32, seed=0))
-    batches = [batch[0] for batch in batches]
+def ratio(results: dict[str, list[float]], name: str, other: str) -> float:
+    """The median, over rounds, of how many updates `name` makes in the time of one of `other`."""
+    return median(theirs / own for own, theirs in zip(results[name], results[other]))
+
+
+def show(title: str, results: dict[str, list[float]], device: torch.device) -> None:
+    print(
+        f"{title}, {device}, {torch.get_num_threads()} threads, medians of {len(next(iter(results.values())))} rounds:"
+    )
+    for name, values in results.items():
+        print(f"  {name:<24} {1 / median(values):8.1f} updates/s  {1e3 * median(values):8.2f} ms")
+
+
+def report_forward_backward(experiment: str, arm: str, title: str, device: torch.device, rounds: int, updates: int):
+    sizes, overrides = (67, 21), arm_of(experiment, arm)
+    data = make_data(sizes, device)
+    module, batch_size = make_module(overrides, sizes, device)
+    steps = module.updates_per_step
+    batches = [batch[0] for batch in UniformBatches(data, batch_size, 1, 0, 32, seed=0)]
     modes = {"compiled": "default"} | ({"CUDA graphs": "cudagraphs"} if device.type == "cuda" else {})
     compiled = {
-        name: make_module(experiment, arm, [f"module.compile={mode}"], device)[0] for name, mode in modes.items()
+        name: make_module([*overrides, f"module.compile={mode}"], sizes, device)[0] for name, mode in modes.items()
     }
     for other in (module, *compiled.values()):
         time_bare(other, batches, 12)  # warm up, and compile
+    stacks = UniformBatches(data, batch_size, steps, 0, updates + steps, seed=0)
     measures = {
         "eager": partial(time_bare, module, batches, updates),
-        "Lightning loop": partial(time_loop, module, data, batch_size, updates),
+        "Lightning loop": partial(time_loop, module, stacks, updates),
         **{name: partial(time_bare, other, batches, updates) for name, other in compiled.items()},
     }
-    seconds = interleaved(measures, rounds)
-    print(f"{title}, batch {batch_size}, {device}, {torch.get_num_threads()} threads:")
-    for name, value in seconds.items():
-        print(f"  {name:<15} {1 / value:8.1f} updates/s  {1e3 * value:8.2f} ms")
-    print(f"  overhead of the framework: {100 * (seconds['Lightning loop'] / seconds['eager'] - 1):.1f} %", flush=True)
+    results = interleaved(measures, rounds)
+    show(f"{title}, batch {batch_size}", results, device)
+    overhead = 1 / ratio(results, "Lightning loop", "eager") - 1
+    print(f"  overhead of the framework: {100 * overhead:.1f} %", flush=True)
+
+
+def report_actor_critic(
+    overrides: list[str], make_plain: Callable[[], SAC], title: str, device: torch.device, rounds: int, updates: int
+) -> None:
+    """The framework's loop and that of a single file, which make the same updates, eager and compiled."""
+    sizes = (17, 6)  # of HalfCheetah
+    data = make_data(sizes, device)
+    columns: Batch = (
+        data["observation"],
+        data["action"],
+        data["next", "observation"],
+        data["next", "reward"][:, 0],
+        data["next", "terminated"][:, 0].float(),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        data["next", "truncated"] = data["next", "terminated"]
+        replay = ReplayBuffer(data[:100], ROWS, 1, folder, "memory", device)
+        replay.extend(data.reshape(100, -1))
+        results = {}
+        for name, mode in {"eager": "null", "compiled": "default"}.items():
+            module, batch_size = make_module([*overrides, f"module.compile={mode}"], sizes, device)
+            with device:
+                agent = make_plain()
+            train = make_training(agent, columns, batch_size, module.actor_every, name == "compiled")
+            stacks = ReplayBatches(replay, (module.updates_per_step, batch_size))
+            measures = {
+                f"framework, {name}": partial(time_loop, module, stacks, updates),
+                f"single file, {name}": partial(time_plain, train, updates, device),
+            }
+            for measure in measures.values():  # warm up, and compile
+                measure()
+            results |= interleaved(measures, rounds)
+    show(f"{title}, batch {batch_size}", results, device)
+    for name in ("eager", "compiled"):
+        times = ratio(results, f"framework, {name}", f"single file, {name}")
+        print(f"  {name}: the framework has {times:.2f} times the updates of the single file", flush=True)
+
+
+def time_plain(train: Callable[[int], None], updates: int, device: torch.device) -> float:
+    """Seconds per update of a single-file loop."""
+    synchronise(device)
+    start = time.perf_counter()
+    train(updates)
+    synchronise(device)
+    return (time.perf_counter() - start) / updates
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--updates", type=int, default=60, help="updates in each round, a multiple of 10")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--updates", type=int, default=60, help="updates in each round, a multiple of 20")
     arguments = parser.parse_args()
     quieten()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    report("fb_humanoid", "fb_aware", "FB-AWARE as in fb_humanoid", device, arguments.rounds, arguments.updates)
-    report("fb_humanoid", "fb", "FB as in fb_humanoid", device, arguments.rounds, arguments.updates)
+    extent = {"device": device, "rounds": arguments.rounds, "updates": arguments.updates}
+    report_actor_critic(
+        ["module=actor_critic", "datamodule=online", "datamodule.updates_per_step=10"],
+        lambda: SAC(17, 6, SimpleCritics(23, 2, 256), 256),
+        "SAC, two critics 256-256",
+        **extent,
+    )
+    report_actor_critic(
+        ["module=gpl", "datamodule=online", "module.actor_every=20", "datamodule.updates_per_step=20"],
+        lambda: GPL(17, 6, ModernCritics(23, 10, 256), 256),
+        "GPL, ten modern critics, actor every 20 updates",
+        **extent,
+    )
+    report_forward_backward("fb_humanoid", "fb_aware", "FB-AWARE as in fb_humanoid", **extent)
+    report_forward_backward("fb_humanoid", "fb", "FB as in fb_humanoid", **extent)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-        report(
-            "paper/fb_humanoid", "fb_aware", "FB-AWARE at paper size, TF32", device, arguments.rounds, arguments.updates
-        )
+        report_forward_backward("paper/fb_humanoid", "fb_aware", "FB-AWARE at paper size, TF32", **extent)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,210 @@
+"""SAC and generalised pessimism learning as the fastest single-file scripts write them: the peer of the framework.
+
+Plain PyTorch and nothing of this project: modules, fused Adam, `backward`, updates of target networks by `foreach`,
+batches indexed from tensors. The updates are those of `lightning_modules.actor_critic`, number for number
+(tests/benchmarks/test_single_file.py).
+
+Dimensions: B batch, P critics, A actions.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+DISCOUNT, TARGET_RATE = 0.99, 0.005
+Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # observation, action, next observation, reward, terminated
+
+
+class Actor(nn.Module):
+    def __init__(self, observation_dim: int, action_dim: int, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(observation_dim, width),
+            nn.ReLU(),
+            nn.Linear(width, width),
+            nn.ReLU(),
+            nn.Linear(width, 2 * action_dim),
+        )
+
+    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        mean, x = self.layers(observation).chunk(2, -1)
+        log_std = 6 * (torch.tanh(x) + 1) - 10
+        noise = torch.randn_like(mean)
+        u = mean + log_std.exp() * noise
+        log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+        return torch.tanh(u), (log_normal - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
+
+
+class StackedLinear(nn.Module):
+    def __init__(self, members: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        weight = torch.randn(members, in_features, out_features) / math.sqrt(in_features)
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(torch.zeros(members, 1, out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class SpectralLinear(StackedLinear):
+    def __init__(self, members: int, in_features: int, out_features: int) -> None:
+        super().__init__(members, in_features, out_features)
+        self.register_buffer("vector", F.normalize(torch.randn(members, out_features, 1), dim=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            left = F.normalize(self.weight @ self.vector, dim=1)
+            right = self.weight.mT @ left
+            norm = right.norm(dim=1, keepdim=True)
+            self.vector.copy_(right / norm)
+            self.weight.div_(norm)
+        return super().forward(x)
+
+
+class StackedNorm(nn.Module):
+    def __init__(self, members: int, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(members, 1, width))
+        self.shift = nn.Parameter(torch.zeros(members, 1, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.shift, F.layer_norm(x, x.shape[-1:], eps=1e-3), self.scale)
+
+
+class SimpleCritics(nn.Module):
+    def __init__(self, in_features: int, members: int, width: int) -> None:
+        super().__init__()
+        self.first = StackedLinear(members, in_features, width)
+        self.second = StackedLinear(members, width, width)
+        self.last = StackedLinear(members, width, 1)
+        self.members = members
+
+    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
+        x = torch.cat([observation, action], -1).expand(self.members, -1, -1)
+        return self.last(F.relu(self.second(F.relu(self.first(x))))).squeeze(-1)  # [P, B]
+
+
+class ModernCritics(nn.Module):
+    def __init__(self, in_features: int, members: int, width: int) -> None:
+        super().__init__()
+        self.first = StackedLinear(members, in_features, width)
+        self.norm = StackedNorm(members, width)
+        self.inner = SpectralLinear(members, width, width)
+        self.outer = SpectralLinear(members, width, width)
+        self.last = StackedLinear(members, width, 1)
+        self.members = members
+
+    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
+        x = torch.cat([observation, action], -1).expand(self.members, -1, -1)
+        x = F.relu(self.first(x))
+        return self.last(x + self.outer(F.relu(self.inner(self.norm(x))))).squeeze(-1)
+
+
+class SAC:
+    """Soft actor-critic with the minimum of its critics."""
+
+    def __init__(self, observation_dim: int, action_dim: int, critics: nn.Module, width: int, momentum: float = 0.9):
+        self.critics, self.actor = critics, Actor(observation_dim, action_dim, width)
+        self.targets = copy.deepcopy(critics).requires_grad_(False)
+        self.log_alpha = torch.zeros((), requires_grad=True)
+        self.target_entropy = -action_dim
+        self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), 3e-4, fused=True)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), 3e-4, fused=True)
+        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], 3e-4, betas=(momentum, 0.999), fused=True)
+
+    def value(self, q: Tensor) -> Tensor:
+        return torch.minimum(q[0], q[1])
+
+    def learn_pessimism(self, errors: Tensor) -> None:
+        pass
+
+    def clip_actor(self) -> None:
+        pass
+
+    def critic_loss(self, observation: Tensor, action: Tensor, next_observation: Tensor, reward: Tensor, end: Tensor):
+        with torch.no_grad():
+            next_action, log_prob = self.actor(next_observation)
+            value = self.value(self.targets(next_observation, next_action)) - self.log_alpha.exp() * log_prob
+            target = reward + DISCOUNT * (1 - end) * value
+        errors = self.critics(observation, action) - target
+        return 0.5 * errors.square().sum(0).mean(), errors.detach()
+
+    def actor_loss(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        action, log_prob = self.actor(observation)
+        loss = self.log_alpha.detach().exp() * log_prob - self.value(self.critics(observation, action))
+        return loss.mean(), log_prob.detach()
+
+    def update_critics(self, batch: Batch) -> None:
+        loss, errors = self.critic_loss(*batch)
+        self.critic_optimizer.zero_grad()
+        loss.backward()
+        self.critic_optimizer.step()
+        self.learn_pessimism(errors)
+
+    def update_actor(self, observation: Tensor) -> None:
+        self.critics.requires_grad_(False)
+        loss, log_prob = self.actor_loss(observation)
+        self.actor_optimizer.zero_grad()
+        loss.backward()
+        self.critics.requires_grad_(True)
+        self.clip_actor()
+        self.actor_optimizer.step()
+        loss = -(self.log_alpha * (log_prob + self.target_entropy)).mean()
+        self.alpha_optimizer.zero_grad()
+        loss.backward()
+        self.alpha_optimizer.step()
+
+    @torch.no_grad()
+    def update_targets(self) -> None:
+        torch._foreach_lerp_(list(self.targets.parameters()), list(self.critics.parameters()), TARGET_RATE)
+
+
+class GPL(SAC):
+    """The learned penalty, tied to the actor, in the place of the minimum."""
+
+    def __init__(self, observation_dim: int, action_dim: int, critics: nn.Module, width: int) -> None:
+        super().__init__(observation_dim, action_dim, critics, width, momentum=0.5)
+        self.alpha_optimizer.param_groups[0]["lr"] = 1e-4
+        self.beta = torch.tensor(0.5, requires_grad=True)
+        self.beta_optimizer = torch.optim.Adam([self.beta], 1e-4, betas=(0.5, 0.999), eps=1e-7, fused=True)
+        members = critics.members
+        ranks = 2.0 * torch.arange(members) - (members - 1)
+        self.weights = (2.0 / (members * (members - 1)) * ranks)[:, None]
+
+    def value(self, q: Tensor) -> Tensor:
+        return q.mean(0) - self.beta.detach() * (self.weights * q.sort(0).values).sum(0)
+
+    def learn_pessimism(self, errors: Tensor) -> None:
+        self.beta.grad = errors.mean()
+        self.beta_optimizer.step()
+
+    def clip_actor(self) -> None:
+        nn.utils.clip_grad_norm_(self.actor.parameters(), 40, foreach=True)
+
+
+def make_training(
+    agent: SAC, data: Batch, batch_size: int, actor_every: int, compile: bool = False
+) -> Callable[[int], None]:
+    """A function that makes so many updates on batches drawn from `data`, as the loop of such a script does.
+
+    Compiled are the losses, and their backward passes with them; what lies between is no faster for it.
+    """
+    if compile:
+        agent.critic_loss, agent.actor_loss = torch.compile(agent.critic_loss), torch.compile(agent.actor_loss)
+    done = 0
+
+    def train(updates: int) -> None:
+        nonlocal done
+        for _ in range(updates):
+            index = torch.randint(len(data[0]), (batch_size,))
+            batch = tuple(tensor[index] for tensor in data)
+            agent.update_critics(batch)
+            done += 1
+            if done % actor_every == 0:
+                agent.update_actor(batch[0])
+            agent.update_targets()
+
+    return train
