@@ -207,9 +207,10 @@ class LearningMethod(L.LightningModule, ABC):
         self.scores.update(scores)
 
     def _evaluate(self, task: Any) -> Any:
+        before, self.scores = self.scores, {}
         with self.evaluation():
             result = self.evaluate(task)
-        self.add_scores(task.metrics(result))
+        self.scores = {**before, **task.metrics(result), **self.scores}  # the task's first, then what was added
         return result
 
     def on_validation_epoch_start(self) -> None:
