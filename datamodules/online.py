@@ -19,7 +19,7 @@ from components.checks import check_counts
 from components.distributed import rank, world_size
 from datamodules.environment import EnvironmentDataModule
 from datamodules.environments.measured import MeasuredEnv
-from datamodules.replay import ReplayBuffer
+from datamodules.replay import STORAGES, ReplayBuffer
 from datamodules.sampling import batch_generator
 
 COLLECTORS = ("sync", "async", "ray")
@@ -85,6 +85,8 @@ class OnlineDataModule(EnvironmentDataModule):
         )
         if collector not in COLLECTORS:
             raise ValueError(f"Unknown collector={collector!r}: expected one of {', '.join(COLLECTORS)}.")
+        if replay_storage not in STORAGES:
+            raise ValueError(f"Unknown replay_storage={replay_storage!r}: expected one of {', '.join(STORAGES)}.")
         if updates_per_env_step <= 0:
             raise ValueError(f"updates_per_env_step={updates_per_env_step}: expected more than 0.")
         if random_steps < n_step * num_envs:
@@ -163,6 +165,8 @@ class OnlineDataModule(EnvironmentDataModule):
         # Collectors try out policy and environment when they are made; a run that resumes must not notice.
         with torch.random.fork_rng(devices=[module.device] if module.device.type == "cuda" else []):
             self._running = self._make_collector(make_env, module)
+            if self.collector != "sync":
+                self._running.set_seed(self.seed + 7919 * rank() + self.replay.written)
         self._collected = iter(self._running)
 
     def _make_collector(self, make_env: Callable[[], MeasuredEnv], module: Any) -> Any:
@@ -183,11 +187,8 @@ class OnlineDataModule(EnvironmentDataModule):
             "init_random_frames": max(0, self.random_steps // world_size() - self.replay.written * rows),
         }
         if self.collector == "async":
-            collector = AsyncCollector(make_env, policy, update_at_each_batch=True, **settings)
-        else:
-            collector = _ray_collector(make_env, policy, rows, self.workers, settings)
-        collector.set_seed(self.seed + 7919 * rank() + self.replay.written)
-        return collector
+            return AsyncCollector(make_env, policy, update_at_each_batch=True, **settings)
+        return _ray_collector(make_env, policy, rows, self.workers, settings)
 
     def _close(self) -> None:
         if self._running is not None:
@@ -206,7 +207,19 @@ class OnlineDataModule(EnvironmentDataModule):
         return 0 if self.replay is None else self.replay.written * self.num_envs
 
     def collect_until(self, module: Any, env_steps: int) -> None:
-        """Collect until so many environment steps have been taken over all processes."""
+        """Collect until so many environment steps have been taken over all processes.
+
+        Raises:
+            ValueError: a process that collects has stopped.
+        """
+        try:
+            self._collect_until(module, env_steps)
+        except (EOFError, BrokenPipeError) as error:
+            raise ValueError(
+                f"collector={self.collector}: the process that collects has stopped; its own error stands above."
+            ) from error
+
+    def _collect_until(self, module: Any, env_steps: int) -> None:
         if self._collected is None:
             self._begin(module)
         while self.env_steps < env_steps:

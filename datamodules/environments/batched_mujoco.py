@@ -124,7 +124,7 @@ class BatchedMujocoEnv(MeasuredEnv):
             batch_size=self.batch_size,
         )
         if self.action_repeat > 1:
-            here["passed"] = self._measurements[:, None].expand(-1, self.action_repeat, -1)
+            here["passed"] = self._measurements[:, None].repeat(1, self.action_repeat, 1)
         return here
 
     # --- states ---

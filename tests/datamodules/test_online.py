@@ -188,6 +188,24 @@ def test_other_processes_collect_with_the_newest_policy_or_that_of_one_collectio
     assert state["processes"][0]["written"] == data.replay.written
 
 
+def test_collecting_process_that_stopped_is_one_sentence(tmp_path):
+    data, learner = made(tmp_path)
+    data.collect_until(learner, 20)
+
+    def broken():
+        raise EOFError
+        yield
+
+    data._collected = broken()
+    with pytest.raises(ValueError, match="collector=sync: the process that collects has stopped; its own error stands"):
+        data.collect_until(learner, 40)
+
+
+def test_unknown_storage_is_named_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="Unknown replay_storage='disk': expected one of memory, memmap"):
+        made(tmp_path, replay_storage="disk")
+
+
 def test_unknown_collector_is_named(tmp_path):
     with pytest.raises(ValueError, match="Unknown collector='slurm': expected one of sync, async, ray"):
         made(tmp_path, collector="slurm")

@@ -286,6 +286,9 @@ def test_held_actions_sum_rewards_and_show_every_step():
     for env in (single, held):
         env.set_seed(1)
     state, state_held = single.reset(), held.reset()
+    assert all(
+        value.is_contiguous() for value in state_held.values(True, True)
+    )  # collectors write into a step's memory
     for _ in range(5):
         action = 2 * torch.rand(3, 6) - 1
         rewards, measurements = [], []
