@@ -50,7 +50,11 @@ def pessimistic_mean(x: Tensor, pessimism: float) -> Tensor:
 
 
 class Pessimism(nn.Module, ABC):
-    """How much an agent believes its critics, once for what it learns from and once for what it acts on."""
+    """How much an agent believes its critics, once for what it learns from and once for what it acts on.
+
+    One with parameters that require gradients is learned: agents step an optimiser of their own on `loss`, then call
+    `stepped`.
+    """
 
     @abstractmethod
     def target(self, q: Tensor) -> Tensor:
@@ -59,6 +63,18 @@ class Pessimism(nn.Module, ABC):
     @abstractmethod
     def actor(self, q: Tensor) -> Tensor:
         """The value that the actor climbs, [B], from the critics' q [P, B, M]."""
+
+    def loss(self, td_error: Tensor) -> Tensor:
+        """What its parameters minimise, from the critics' errors Q - y, [P, B] and without gradient."""
+        raise NotImplementedError(f"{type(self).__name__} has parameters to learn, but no loss.")
+
+    @torch.no_grad()
+    def stepped(self) -> None:
+        """Called after each step on the loss."""
+
+    def scores(self) -> dict[str, Tensor]:
+        """Numbers to record, by name."""
+        return {}
 
 
 class MinimumPessimism(Pessimism):
@@ -95,6 +111,8 @@ class SubsetMinimumPessimism(Pessimism):
         self.subset = subset
 
     def target(self, q: Tensor) -> Tensor:
+        if self.subset > q.shape[0]:
+            raise ValueError(f"subset={self.subset}: expected at most the number of critics, {q.shape[0]}.")
         chosen = torch.randperm(q.shape[0], device=q.device)[: self.subset]
         return _ordered(q)[chosen].amin(0)
 
@@ -179,10 +197,13 @@ class DualPessimism(FixedPessimism):
 
     @torch.no_grad()
     def stepped(self) -> None:
-        """To be called after each step of beta: the optimism decays, then the actor's pessimism follows."""
+        """The optimism decays, then the actor's pessimism follows."""
         if self.tied:
             self.shift.add_(self.shift_rise).clamp_(max=0.0)
             self.actor_beta.copy_(self.beta + self.shift)
+
+    def scores(self) -> dict[str, Tensor]:
+        return {"pessimism": self.beta.detach().clone()}
 
 
 def _ordered(q: Tensor) -> Tensor:

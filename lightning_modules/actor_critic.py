@@ -19,7 +19,7 @@ from components.actors import Actor, ActorPolicy, EntropyTemperature
 from components.checks import check_counts
 from components.critics import critic_loss
 from components.ema import polyak_update
-from components.pessimism import DualPessimism, Pessimism
+from components.pessimism import Pessimism
 from lightning_modules.base import LearningMethod
 
 
@@ -30,7 +30,7 @@ class ActorCritic(LearningMethod):
         observation_dim, action_dim: sizes O and A.
         critic: makes the ensemble, called with in_features, out_features and members; [B, O + A] -> [P, B, M].
         actor: makes the actor, called with the sizes.
-        pessimism: how the ensemble becomes one value; a `DualPessimism` is learned along with it.
+        pessimism: how the ensemble becomes one value; if it has parameters, they are learned along with it.
         temperature: makes the temperature of the entropy bonus, called with `action_dim`; None for no bonus.
         members: P.
         quantiles: M, of the return's distribution; 1 for its mean.
@@ -82,6 +82,19 @@ class ActorCritic(LearningMethod):
             pessimism_every=pessimism_every,
             targets_every=targets_every,
         )
+        for name, rate in {
+            "critic_learning_rate": critic_learning_rate,
+            "actor_learning_rate": actor_learning_rate,
+            "temperature_learning_rate": temperature_learning_rate,
+            "pessimism_learning_rate": pessimism_learning_rate,
+        }.items():
+            if rate < 0:
+                raise ValueError(f"{name}={rate}: expected a learning rate of 0 or more.")
+        if temperature is not None and not callable(temperature):
+            raise ValueError(
+                f"temperature={temperature}: expected a component, with its _target_, or null; where an experiment "
+                "sets parts of what a module has none of, as td3 of a temperature, add module.temperature=null."
+            )
         if not 0.0 <= discount <= 1.0:
             raise ValueError(f"discount={discount}: expected a number from 0 to 1.")
         self.critic = critic(observation_dim + action_dim, quantiles, members)
@@ -110,8 +123,10 @@ class ActorCritic(LearningMethod):
             self.temperature_optimizer = adam(
                 self.temperature.parameters(), temperature_learning_rate, temperature_momentum
             )
-        if isinstance(pessimism, DualPessimism):
-            self.pessimism_optimizer = adam([pessimism.beta], pessimism_learning_rate, momentum=0.5, eps=1e-7)
+        learned = [parameter for parameter in pessimism.parameters() if parameter.requires_grad]
+        if learned and members == 1:
+            raise ValueError("members=1: expected at least 2, or there is no disagreement to learn a penalty of.")
+        self.pessimism_optimizer = adam(learned, pessimism_learning_rate, 0.5, eps=1e-7) if learned else None
 
     # -- learning -----------------------------------------------------------------------------------------------------
 
@@ -132,10 +147,10 @@ class ActorCritic(LearningMethod):
         target = self.target(batch)
         loss, errors, metrics = self.critic_loss(observation, action, target)
         self.minimise(loss, self.critic_optimizer)
-        if pessimism and isinstance(self.pessimism, DualPessimism):
+        if pessimism and self.pessimism_optimizer is not None:
             self.minimise(self.pessimism.loss(errors), self.pessimism_optimizer)
             self.pessimism.stepped()
-            metrics["pessimism"] = self.pessimism.beta.detach().clone()
+            metrics |= self.pessimism.scores()
         if actor:
             loss, log_prob = self.actor_loss(observation)
             self.minimise(loss, self.actor_optimizer, self.actor_max_norm)
@@ -153,7 +168,8 @@ class ActorCritic(LearningMethod):
         next_observation = batch["next", "observation"]
         next_action, log_prob = (self.target_actor or self.actor).bootstrap(next_observation)
         q = self.target_critic(torch.cat([next_observation, next_action], -1))
-        value = self.pessimism.target(q) - (self.alpha() * log_prob)[:, None]
+        value = _checked(self.pessimism, "target", self.pessimism.target(q), q.shape[1:])
+        value = value - (self.alpha() * log_prob)[:, None]
         assert batch["next", "reward"].shape == (len(value), 1)  # or they would broadcast
         steps = batch.get("steps_to_next_obs", None)
         discount = self.discount if steps is None else self.discount**steps
@@ -170,7 +186,8 @@ class ActorCritic(LearningMethod):
     def actor_loss(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """alpha log pi - value, averaged, and the log-densities [B]."""
         action, log_prob = self.actor.improve(observation)
-        value = self.pessimism.actor(self.critic(torch.cat([observation, action], -1)))
+        q = self.critic(torch.cat([observation, action], -1))
+        value = _checked(self.pessimism, "actor", self.pessimism.actor(q), q.shape[1:2])
         return (self.alpha() * log_prob - value).mean(), log_prob
 
     def update_targets(self) -> None:
@@ -210,6 +227,13 @@ class ActorCritic(LearningMethod):
 
     def evaluate(self, task: Any) -> TensorDict:
         """Roll out the deterministic policy."""
-        if isinstance(self.pessimism, DualPessimism):
-            self.add_scores({"pessimism": [self.pessimism.beta.item()]})
+        self.add_scores({name: [value.item()] for name, value in self.pessimism.scores().items()})
         return task.run(self.policy(), device=self.device)
+
+
+def _checked(pessimism: Pessimism, use: str, value: Tensor, shape: torch.Size) -> Tensor:
+    """The value as it is, if nothing would broadcast."""
+    if value.shape != shape:
+        name = f"{type(pessimism).__name__}.{use}"
+        raise ValueError(f"{name}: expected a value of shape {list(shape)}, found {list(value.shape)}.")
+    return value

@@ -16,6 +16,7 @@ from components.pessimism import (
     DualPessimism,
     FixedPessimism,
     MinimumPessimism,
+    Pessimism,
     SubsetMinimumPessimism,
 )
 from lightning_modules.actor_critic import ActorCritic
@@ -277,6 +278,61 @@ def test_rewards_without_their_last_dimension_do_not_broadcast(transitions):
     batch["next"] = TensorDict({**batch["next"], "reward": flat}, [32])
     with pytest.raises(AssertionError):
         agent().update(batch)
+
+
+class Halved(Pessimism):
+    """A rule of somebody else's: it learns how much of the first critic to believe."""
+
+    def __init__(self, learned: bool = True) -> None:
+        super().__init__()
+        self.share = nn.Parameter(torch.tensor(0.5), requires_grad=learned)
+        self.steps = 0
+
+    def target(self, q):
+        return self.share.detach() * q[0]
+
+    def actor(self, q):
+        return self.target(q).mean(-1)
+
+    def loss(self, td_error):
+        return self.share * td_error.mean()
+
+    def stepped(self):
+        self.steps += 1
+
+
+def test_any_rule_with_parameters_is_learned(transitions):
+    made, fixed = agent(pessimism=Halved()), agent(pessimism=Halved(learned=False))
+    for one in (made, fixed):
+        one.update(transitions(32))
+    assert made.pessimism.share.item() != 0.5
+    assert (made.pessimism.steps, fixed.pessimism.steps) == (1, 0)
+    with pytest.raises(ValueError, match="members=1: expected at least 2"):
+        agent(pessimism=Halved(), members=1)
+
+
+@pytest.mark.parametrize(
+    ("use", "shape"), [("target", r"\[32, 1\], found \[32\]"), ("actor", r"\[32\], found \[32, 1\]")]
+)
+def test_rules_that_would_broadcast_are_named(monkeypatch, transitions, use, shape):
+    made = agent(pessimism=FixedPessimism())
+    other = {"target": "actor", "actor": "target"}[use]
+    monkeypatch.setattr(made.pessimism, use, getattr(FixedPessimism(), other))
+    with pytest.raises(ValueError, match=f"FixedPessimism.{use}: expected a value of shape {shape}"):
+        made.update(transitions(32))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"actor_learning_rate": -0.1}, "actor_learning_rate=-0.1: expected a learning rate of 0 or more"),
+        ({"temperature": {"initial": 0.1}}, r"temperature=.*initial.*: expected a component"),
+        ({"discount": 1.5}, "discount=1.5: expected a number from 0 to 1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        agent(**settings)
 
 
 # -- the schedule -------------------------------------------------------------------------------------------------
