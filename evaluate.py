@@ -1,10 +1,11 @@
 """Score, draw and film a checkpoint, for the tasks of its experiment or for a reward of your own.
 
     python evaluate.py ckpt_path=PATH [reward=EXPRESSION] [protocol=NAME] [episodes=10] [seconds=10, of the films]
+                       [trust=PACKAGE,...]
 
 PATH is a checkpoint, a run's folder, or `last`. EXPRESSION is written over the environment's named quantities, such as
 "head_height < 1.25 and torso_upright > 0.9" or "tolerance(left_hand_height, 1.5, inf, 0.3)"; a wrong name lists them
-all.
+all. A checkpoint of classes outside of this project, your own, is only rebuilt if their package is trusted by name.
 """
 
 import math
@@ -27,6 +28,7 @@ DEFAULTS = {
     "protocol": None,  # one of the experiment's ways to start episodes; None takes all
     "episodes": 10,
     "seconds": 10.0,  # length of the films
+    "trust": None,  # packages outside of the project that may be called on the checkpoint's word, by commas
     "output_root": "outputs",
 }
 
@@ -66,7 +68,7 @@ def main() -> None:
     given = parse(sys.argv[1:])
     quieten()
     path = find_checkpoint(given["ckpt_path"], given["output_root"])
-    module, datamodule, recipe = rebuild(path)
+    module, datamodule, recipe = rebuild(path, tuple(given["trust"].split(",")) if given["trust"] else ())
     datamodule.choose_tasks(given["protocol"], given["reward"])
     datamodule.episodes = given["episodes"]
     print(f"Evaluating {path} ({recipe['experiment']}, {module.updates} updates).", flush=True)

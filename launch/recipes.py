@@ -32,8 +32,11 @@ def find_checkpoint(ckpt_path: str, output_root: str) -> Path:
     return found[-1]
 
 
-def rebuild(path: Path) -> tuple[L.LightningModule, L.LightningDataModule, dict[str, Any]]:
+def rebuild(path: Path, trust: tuple[str, ...] = ()) -> tuple[L.LightningModule, L.LightningDataModule, dict[str, Any]]:
     """The method with its trained weights, its datamodule, and the recipe they were made from.
+
+    Args:
+        trust: packages outside of the project whose classes the recipe may call too.
 
     Raises:
         FileNotFoundError, ValueError: the checkpoint is missing, damaged, or asks for something foreign.
@@ -42,32 +45,35 @@ def rebuild(path: Path) -> tuple[L.LightningModule, L.LightningDataModule, dict[
     recipe = checkpoint["learning_method"]["recipe"]
     if recipe is None:
         raise ValueError(f"ckpt_path={path}: expected a checkpoint written by train.py, found one without a recipe.")
-    check_targets(recipe, path)
+    check_targets(recipe, path, trust)
     module = instantiate(recipe["module"], **recipe["spec"])
     module.load_state_dict(checkpoint["state_dict"])
     module.on_load_checkpoint(checkpoint)
     return module, instantiate(recipe["datamodule"]), recipe
 
 
-def check_targets(node: Any, path: Path) -> None:
-    """Raise a ValueError if a recipe would call anything outside of the project."""
+def check_targets(node: Any, path: Path, trust: tuple[str, ...] = ()) -> None:
+    """Raise a ValueError if a recipe would call anything outside of the project and of what is trusted."""
     if isinstance(node, Mapping):
         target = node.get("_target_")
         called = node.get("path") if target in LOOK_UPS else target
-        if target is not None and not _is_ours(str(called)):
-            raise ValueError(f"ckpt_path={path}: expected a recipe of this project's classes, found {called}.")
+        if target is not None and not _is_below(str(called), (*TRUSTED, *(f"{package}." for package in trust))):
+            raise ValueError(
+                f"ckpt_path={path}: expected a recipe of this project's classes, found {called}; if it is yours, add "
+                f"trust={str(called).split('.')[0]}."
+            )
         for value in node.values():
-            check_targets(value, path)
+            check_targets(value, path, trust)
     elif isinstance(node, list | tuple):
         for value in node:
-            check_targets(value, path)
+            check_targets(value, path, trust)
 
 
-def _is_ours(name: str) -> bool:
-    if not name.startswith(TRUSTED):
+def _is_below(name: str, packages: tuple[str, ...]) -> bool:
+    if not name.startswith(packages):
         return False
     try:
         found = get_object(name)
     except Exception:  # Hydra raises what importing raises
         return False
-    return str(getattr(found, "__module__", "")).startswith(TRUSTED)
+    return f"{getattr(found, '__module__', '')}.".startswith(packages)

@@ -109,3 +109,12 @@ def test_missing_and_foreign_checkpoints(tmp_path):
 def test_a_checkpoint_calls_nothing_outside_of_the_project(recipe):
     with pytest.raises(ValueError, match="expected a recipe of this project's classes, found"):
         check_targets(recipe, Path("a.ckpt"))
+
+
+def test_a_checkpoint_calls_what_is_trusted_by_name():
+    recipe = {"module": {"_target_": "json.decoder.JSONDecoder"}}
+    with pytest.raises(ValueError, match=r"found json.decoder.JSONDecoder; if it is yours, add trust=json\."):
+        check_targets(recipe, Path("a.ckpt"), ("jso",))
+    check_targets(recipe, Path("a.ckpt"), ("json",))
+    with pytest.raises(ValueError, match="expected a recipe"):  # imported there, but not of there
+        check_targets({"_target_": "json.decoder.scanner.re.compile"}, Path("a.ckpt"), ("json",))
