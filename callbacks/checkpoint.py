@@ -22,10 +22,12 @@ class Checkpoint(L.Callback):
     Args:
         folder: where checkpoints are written.
         every: updates between two checkpoints.
+        name: of the run, in what is printed.
     """
 
-    def __init__(self, folder: str, every: int) -> None:
+    def __init__(self, folder: str, every: int, name: str) -> None:
         check_counts(checkpoint_every=every)
+        self.name = name
         self.path = Path(folder) / "last.ckpt"
         self.every = every
         self._seconds: list[float] = []
@@ -78,7 +80,7 @@ class Checkpoint(L.Callback):
         if self._seconds:
             count = len(self._seconds)
             print(
-                f"{count} checkpoints, each {sum(self._seconds) / count:.2f} s and "
+                f"{self.name}: {count} checkpoints, each {sum(self._seconds) / count:.2f} s and "
                 f"{sum(self._bytes) / count / 1e6:.1f} MB.",
                 flush=True,
             )

@@ -1,6 +1,7 @@
 """Errors that a user can cause, as one sentence and an exit code."""
 
 import difflib
+import gc
 import os
 import re
 import sys
@@ -74,8 +75,13 @@ def run_reporting_errors(main: Callable[[], None]) -> int:
             raise error from None
         code, sentence = report
         print(f"{sentence} ({TRACEBACK}=1 shows where.)", file=sys.stderr)
-        return code
-    return 0
+        del error
+    else:
+        return 0
+    # What only the error's traceback held goes now: TorchRL's collectors of other processes hang if they have to shut
+    # down while the interpreter does.
+    gc.collect()
+    return code
 
 
 def _is_first_process() -> bool:
@@ -114,11 +120,10 @@ def _report(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, ConfigCompositionException):
         unknown = re.search(r"Could not override '([^']+)'", str(error))
         if unknown:
-            key = unknown.group(1)
-            return (
-                2,
-                f"Unknown key {key}: expected one of this experiment's.{_hint(key, known_keys(_given_experiment()))}",
-            )
+            key, known = unknown.group(1), known_keys(_given_experiment())
+            if key in known:  # it was given a dictionary with keys of its own
+                return 2, f"{key} can't be replaced as a whole: set its keys one by one, new ones as +{key}.NAME=VALUE."
+            return 2, f"Unknown key {key}: expected one of this experiment's.{_hint(key, known)}"
         cause = f": {_one_line(error.__cause__)}" if error.__cause__ is not None else ""
         return 2, f"{_one_line(error)}{cause}."
     if isinstance(error, HydraException | OmegaConfBaseException):

@@ -92,6 +92,7 @@ def build(
 ) -> tuple[L.Trainer, L.LightningModule, L.LightningDataModule, Path | None]:
     """The parts of one arm with one seed, and its checkpoint if there is one."""
     if config.threads is not None:
+        check_counts(threads=config.threads)
         torch.set_num_threads(config.threads)
     L.seed_everything(config.seed, workers=True, verbose=False)
     datamodule = instantiate(config.datamodule)
@@ -103,6 +104,8 @@ def build(
         "datamodule": OmegaConf.to_container(config.datamodule, resolve=True),
     }
     resume = checkpoint if checkpoint.exists() else None
+    if resume is None and run.folder.exists():
+        _say(f"{run.arm}, seed {run.seed}: stopped before its first checkpoint, starts over.")
     if resume is not None:
         _say(f"{run.arm}, seed {run.seed}: resuming after {_check(resume, module)} updates.")
     loggers = [instantiate(logger) for logger in config.logger.values()]

@@ -15,10 +15,10 @@ def check_values(config: DictConfig, key: str = "") -> None:
     """Compare the plain arguments below every `_target_` with their annotations, before anything is built.
 
     Raises:
-        ValueError: a number, text or flag has another type than the parameter it is given to.
+        ValueError: a number, text or flag has another type than the parameter it is given to, or a target is not there.
     """
     target = config.get("_target_")
-    parameters = dict(_parameters(get_object(target))) if target else {}
+    parameters = dict(_parameters(_target(target, key))) if target else {}
     for name, value in config.items():
         path = f"{key}.{name}" if key else str(name)
         if isinstance(value, DictConfig):
@@ -26,6 +26,13 @@ def check_values(config: DictConfig, key: str = "") -> None:
         elif name in parameters and not _fits(value, parameters[name]):
             expected = " or ".join(PLAIN.get(kind, "null") for kind in _kinds(parameters[name]))
             raise ValueError(f"{path}={value}: expected {expected}.")
+
+
+def _target(name: str, key: str) -> Any:
+    try:
+        return get_object(name)
+    except Exception as error:  # Hydra raises what importing raises
+        raise ValueError(f"{key}._target_={name}: expected something to import: {error}") from error
 
 
 def _parameters(called: Callable[..., Any]) -> Iterator[tuple[str, Any]]:

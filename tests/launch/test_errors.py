@@ -53,6 +53,13 @@ def test_wrong_command_lines(program, arguments, parts):
             1,
             ["Unknown task 'top' of overdrive: expected one of"],
         ),
+        (["threads=0"], 1, ["threads=0"]),
+        (["module.forward_map._target_=components.Nope"], 1, ["module.forward_map._target_=components.Nope: expected"]),
+        (
+            ["module.forward_map={a: 1}"],
+            2,
+            ["module.forward_map can't be replaced as a whole", "+module.forward_map.N"],
+        ),
         (["trainer.accelerator=gpu"], 2, ["trainer: ", "gpu"]),
         (["ckpt_path=last"], 1, ["ckpt_path=last: expected a run of fb_overdrive in", "found none"]),
         (["ckpt_path=nowhere.ckpt"], 1, ["ckpt_path=nowhere.ckpt: expected a run's folder or a checkpoint"]),

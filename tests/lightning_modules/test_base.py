@@ -112,7 +112,7 @@ def fit(folder: Path, method: Toy, checkpoint: Path | None = None, poisoned_upda
         use_distributed_sampler=False,
         inference_mode=False,
         logger=[RunLog(folder)],
-        callbacks=[EveryCheckpoint(str(folder), every=2)],
+        callbacks=[EveryCheckpoint(str(folder), every=2, name="run")],
         plugins=[AtomicCheckpointIO()],
     )
     trainer.fit(method, datamodule=ToyData(poisoned_update), ckpt_path=checkpoint, weights_only=True)
@@ -239,9 +239,9 @@ def test_weights_that_are_not_finite_are_never_saved(whole, tmp_path):
 
 def test_checkpoints_are_taken_after_whole_steps(tmp_path):
     with pytest.raises(ValueError, match="checkpoint_every=3 is no multiple of updates_per_step=2"):
-        Checkpoint(str(tmp_path), 3).on_train_start(SimpleNamespace(loggers=[]), fresh())
+        Checkpoint(str(tmp_path), 3, "run").on_train_start(SimpleNamespace(loggers=[]), fresh())
     with pytest.raises(ValueError, match="checkpoint_every=0: expected at least 1"):
-        Checkpoint(str(tmp_path), 0)
+        Checkpoint(str(tmp_path), 0, "run")
 
 
 def test_checkpoint_of_another_method_is_refused(whole):
