@@ -118,6 +118,9 @@ def test_run_that_was_killed_before_its_first_checkpoint_starts_over(program, on
     expected = (run / "train.csv").read_text().splitlines()
     again = program("experiment=fb_overdrive", f"ckpt_path={whole.folder}")
     assert again.code == 0
+    said = "fb_aw_narrow, seed 0: stopped before its first checkpoint, starts over."
+    assert said in again.out
+    assert said not in whole.out
     found = (run / "train.csv").read_text().splitlines()
     column = expected[0].split(",").index("seconds")
     strip = [[line.split(",")[:column] + line.split(",")[column + 1 :] for line in text] for text in (found, expected)]
