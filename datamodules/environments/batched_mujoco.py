@@ -76,7 +76,7 @@ class BatchedMujocoEnv(MeasuredEnv):
         self.task = task or next(iter(TASKS[domain]))
         self._expression(self.task)  # a typing error shows before anything is simulated
 
-        self.declare_specs(self._observe(example).shape[1], self.physics_size, model.nu)
+        self.declare_specs(self._observe(example).shape[1:], self.physics_size, model.nu)
         if action_repeat > 1:
             self.observation_spec["passed"] = Unbounded((num_envs, action_repeat, self.measurement_size))
         self._physics = np.zeros((num_envs, self.physics_size))

@@ -63,7 +63,7 @@ class GymnasiumMujocoEnv(MeasuredEnv):
         self._renderer: mujoco.Renderer | None = None
 
         observation_dim = self._envs[0].observation_space.shape[0]
-        self.declare_specs(observation_dim, model.nq + model.nv, model.nu)
+        self.declare_specs([observation_dim], model.nq + model.nv, model.nu)
 
         # All of the simulator's arrays of fixed size: rewards and observations read quantities, such as positions of
         # bodies, that lag behind the state by a part of a step and could not be computed again from it.

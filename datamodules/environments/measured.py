@@ -16,8 +16,8 @@ from torchrl.envs import EnvBase
 from components.rewards import RewardExpression
 
 
-class RenderingUnavailable(RuntimeError):
-    """No graphics library works here; callers skip their videos."""
+class RenderingUnavailable(ValueError):
+    """No graphics library works here; whoever can do without pictures skips them."""
 
 
 class MeasuredEnv(EnvBase):
@@ -36,17 +36,25 @@ class MeasuredEnv(EnvBase):
     """
 
     step_seconds: float
+    action_repeat = 1  # control steps in a step
+    frame_stack: int | None = None  # pictures of an observation, oldest first; an episode begins with copies of one
 
     def __init__(self, num_envs: int, seed: int) -> None:
         super().__init__(device="cpu", batch_size=[num_envs])
         self._generator = torch.Generator().manual_seed(seed)
         self._restored = False
 
-    def declare_specs(self, observation_size: int, physics_size: int, action_size: int) -> None:
+    def declare_specs(
+        self,
+        observation_shape: Sequence[int],
+        physics_size: int,
+        action_size: int,
+        observation_type: torch.dtype = torch.float32,
+    ) -> None:
         """Say what is observed and done; after `declare_measurements`."""
         n = self.batch_size[0]
         self.observation_spec = Composite(
-            observation=Unbounded((n, observation_size), dtype=torch.float32),
+            observation=Unbounded((n, *observation_shape), dtype=observation_type),
             physics=Unbounded((n, physics_size), dtype=torch.float64),
             measurements=Unbounded((n, self.measurement_size), dtype=torch.float32),
             shape=(n,),

@@ -53,7 +53,7 @@ class OverdriveEnv(MeasuredEnv):
     def __init__(self, num_envs: int, seed: int = 0) -> None:
         super().__init__(num_envs, seed)
         self.declare_measurements({"x": 0, "y": 0, "effort": 0}, TASKS, "overdrive")
-        self.declare_specs(2, 2, 2)
+        self.declare_specs([2], 2, 2)
         self._position = torch.zeros(num_envs, 2)
         self._steps = torch.zeros(num_envs, 1, dtype=torch.int64)
         self._effort = torch.zeros(num_envs, 1)

@@ -35,7 +35,7 @@ class ZeroValueEnv(MeasuredEnv):
         self.noise = noise
         self.episode_length = episode_length
         self.declare_measurements({"reward": 0}, {"reward": "reward"}, "zero_value")
-        self.declare_specs(SIZE, SIZE, SIZE)
+        self.declare_specs([SIZE], SIZE, SIZE)
         self._state = torch.zeros(num_envs, SIZE)
         self._reward = torch.zeros(num_envs, 1)
         self._steps = torch.zeros(num_envs, 1, dtype=torch.int64)
