@@ -81,7 +81,10 @@ def test_n_step_returns_are_those_of_brute_force(tmp_path, storage, n_step):
         assert batch["next", "terminated"][i].item() == (ends.get(t) == "terminated")
         if n_step > 1:
             assert batch["steps_to_next_obs"][i].item() == t - start + 1
-    assert starts == set(range(13, 25 - n_step + 1))  # no window reaches beyond what is collected
+    # No window reaches beyond what is collected, or beyond the end of an episode that did not terminate.
+    cut = {20 - k for k in range(n_step - 1)} | {21 - k for k in range(n_step - 1)}
+    cut -= {t for t in range(15) if t + n_step > 14}  # a termination before that ends the return
+    assert starts == set(range(13, 25 - n_step + 1)) - cut
 
 
 @pytest.mark.parametrize("after", [1, 4])
@@ -132,7 +135,7 @@ def test_settings_that_make_no_sense_are_named(tmp_path):
         ReplayBuffer(EXAMPLE, 2, 4, tmp_path)
     buffer = ReplayBuffer(EXAMPLE, 30, 4, tmp_path)
     buffer.extend(steps(0, 2))
-    with pytest.raises(ValueError, match="n_step=3: expected as many steps in the replay data, found 2"):
+    with pytest.raises(ValueError, match="n_step=3: expected as many steps of an episode in the replay data, found 2"):
         draw(buffer, n_step=3)
 
 
@@ -149,4 +152,108 @@ def test_episodes_that_will_not_go_on_end_with_the_newest_step(tmp_path, storage
         batch["observation"].flatten() // 10, batch["next", "observation"].flatten() // 10, batch["steps_to_next_obs"]
     ):
         assert (end > 100) == (start >= 100)
-        assert count == min(3, (5 if start < 100 else 105) - start)
+        assert count == 3
+        assert start in (0, 1, 2, 100, 101, 102)
+
+
+# -- pictures -----------------------------------------------------------------------------------------------------
+
+
+def film(count: int, lengths: tuple[int, ...] = (7, 40), stack: int = 3) -> TensorDict:
+    """Steps [N, T] of N environments whose episodes have these lengths; every picture is another."""
+    shown, rows = 0, []
+
+    def picture() -> torch.Tensor:
+        nonlocal shown
+        shown += 1
+        return torch.tensor([shown // 256, shown % 256], dtype=torch.uint8).view(2, 1, 1).expand(2, 4, 4)
+
+    for length in lengths:
+        steps, age, frames = [], 0, []
+        for t in range(count):
+            frames = [picture()] * stack if age == 0 else frames
+            following = [*frames[1:], picture()]
+            age = (age + 1) % length
+            steps.append((torch.cat(frames), torch.cat(following), age == 0, float(t)))
+            frames = following
+        rows.append(steps)
+    observation, following = (torch.stack([torch.stack([step[i] for step in row]) for row in rows]) for i in (0, 1))
+    truncated, reward = (torch.tensor([[step[i] for step in row] for row in rows])[..., None] for i in (2, 3))
+    flags = {"terminated": torch.zeros_like(truncated), "truncated": truncated}
+    return TensorDict(
+        {"observation": observation, "next": {"observation": following, "reward": reward, **flags}}, truncated.shape[:2]
+    )
+
+
+def film_buffer(folder, steps: TensorDict, capacity: int, stack: int | None = 3, **settings) -> ReplayBuffer:
+    return ReplayBuffer(steps[:, 0], capacity, 4, folder, frame_stack=stack, **settings)
+
+
+@pytest.mark.parametrize("n_step", [1, 3])
+def test_stacks_of_pictures_come_back_as_they_were(tmp_path, storage, n_step):
+    steps = film(100, lengths=(33, 40))
+    single = film_buffer(tmp_path / "single", steps, 2 * 50, storage=storage)
+    whole = film_buffer(tmp_path / "whole", steps, 2 * 50, stack=None, storage=storage)
+    for buffer in (single, whole):
+        for part in steps.split(9, 1):
+            buffer.extend(part)
+    assert single.size == 50
+    found, expected = (draw(buffer, n_step=n_step, discount=0.9) for buffer in (single, whole))
+    assert (found == expected).all()
+    assert found["observation"].dtype == torch.uint8
+
+
+def test_every_picture_is_stored_once(tmp_path):
+    steps = film(64)
+    buffer = film_buffer(tmp_path, steps, 2 * 64)
+    buffer.extend(steps)
+    pictures = {tuple(picture.flatten().tolist()) for picture in steps["observation"].flatten(0, 1).split(2, 1)[0]}
+    pictures |= {tuple(picture.flatten().tolist()) for picture in steps["next", "observation"].flatten(0, 1)[:, -2:]}
+    assert buffer._frames.written == len(pictures) == 2 * 64 + 10 + 2
+    assert buffer._frames.length < 1.1 * 2 * 64 + 2 * 4 * 2 + 3 * 2
+
+
+def test_many_short_episodes_take_the_place_of_the_oldest_steps(tmp_path):
+    steps = film(200, lengths=(2, 2))
+    buffer = film_buffer(tmp_path, steps, 2 * 50)
+    buffer.extend(steps)
+    assert 20 < buffer.size < 50
+    batch = draw(buffer)
+    assert batch["next", "reward"].min() == 200 - buffer.size
+    expected = {tuple(stack.flatten().tolist()) for stack in steps["observation"][:, 200 - buffer.size :].flatten(0, 1)}
+    assert {tuple(stack.flatten().tolist()) for stack in batch["observation"]} == expected
+
+
+@pytest.mark.parametrize("lengths", [(7, 40), (2, 3)])
+@pytest.mark.parametrize("written", [3, 20, 97])
+def test_pictures_of_a_commit_survive_what_is_written_after_it(tmp_path, storage, lengths, written):
+    steps = film(140, lengths)
+    buffer = film_buffer(tmp_path, steps, 2 * 30, storage=storage)
+    buffer.extend(steps[:, :written])
+    buffer.commit()
+    expected, size = draw(buffer), buffer.size
+    buffer.extend(steps[:, written : written + 4])
+    restored = film_buffer(tmp_path, steps, 2 * 30, storage=storage)
+    restored.restore(written)
+    assert restored.size == size
+    assert (draw(restored) == expected).all()
+    restored.extend(steps[:, written : written + 40])
+    buffer.extend(steps[:, written + 4 : written + 40])
+    assert (draw(restored) == draw(buffer)).all()
+
+
+def test_returns_of_a_short_episode(tmp_path):
+    """Six steps with rewards 1 to 6: only starts whose three steps the episode has, of the published sampler."""
+    steps = film(12, lengths=(6,))
+    steps["next", "reward"] += 1
+    buffer = film_buffer(tmp_path, steps, 12)
+    buffer.extend(steps[:, :6])
+    batch = draw(buffer, n_step=3, discount=0.99)
+    returns = {round(value, 4) for value in batch["next", "reward"].flatten().tolist()}
+    assert returns == {round(k + 0.99 * (k + 1) + 0.9801 * (k + 2), 4) for k in (1, 2, 3, 4)}
+    assert 5.9203 in returns
+    assert (batch["steps_to_next_obs"] == 3).all()  # a discount of 0.970299
+    first = batch["observation"][batch["next", "reward"].flatten() < 6]
+    for stack in first:
+        assert torch.equal(stack[:2], stack[2:4])
+        assert torch.equal(stack[:2], stack[4:])
