@@ -5,6 +5,7 @@ Dimensions: R rows (episodes), S scored steps, L all steps.
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import lightning as L
@@ -56,33 +57,39 @@ class CriticBias(L.Callback):
     def on_test_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._probe(module)
 
+    @cached_property
+    def _action_repeat(self) -> int:
+        """Control steps of a decision: episode lengths are counted in the former."""
+        return self._make_env(num_envs=1, seed=self.seed, episode_length=1).action_repeat
+
     @torch.no_grad()
     def _probe(self, module: Any) -> None:
         steps = self.scored_steps + math.ceil(math.log(self.negligible) / math.log(module.discount))
         # One step longer than is looked at: the end of the rollout is no end of an episode.
-        env = self._make_env(num_envs=self.rows, seed=self.seed, episode_length=steps + 1)
+        length = (steps + 1) * self._action_repeat
+        env = self._make_env(num_envs=self.rows, seed=self.seed, episode_length=length)
         policy, device = module.valued_policy(), module.device
         state = env.reset()
         alive = torch.ones(self.rows, 1, dtype=torch.bool)
         seen: list[TensorDict] = []
+        values: list[torch.Tensor] = []  # of the scored steps: what critics say, and what targets would make of it
         with module.evaluation():
-            for _ in range(steps):
+            for step in range(steps):
                 acted = policy(TensorDict({"observation": state["observation"].to(device)}, [self.rows]))
+                if step < self.scored_steps:
+                    values.append(torch.stack(module.values(acted["observation"], acted["action"])).cpu())
                 state["action"] = acted["action"].to("cpu")
                 stepped = env.step(state)
                 following = stepped["next"]
                 seen.append(
-                    acted.to("cpu").update(
-                        {"reward": following["reward"], "terminated": following["terminated"], "alive": alive}
-                    )
+                    acted.select("action_log_prob")
+                    .to("cpu")
+                    .update({"reward": following["reward"], "terminated": following["terminated"], "alive": alive})
                 )
                 alive = alive & ~following["terminated"]
                 state = step_mdp(stepped)
-            rollout = torch.stack(seen, 1)
-            scored = rollout[:, : self.scored_steps]
-            flat = scored.flatten().to(device)
-            values = module.values(flat["observation"], flat["action"])
-        mean, penalised = (value.cpu().view(scored.shape) for value in values)
+        rollout = torch.stack(seen, 1)
+        mean, penalised = torch.stack(values, -1)  # [R, S] each
         returns = soft_returns(
             rollout["reward"][..., 0],
             rollout["terminated"][..., 0],
@@ -90,7 +97,7 @@ class CriticBias(L.Callback):
             module.discount,
             float(module.alpha()),
         )[:, : self.scored_steps]
-        mask = scored["alive"][..., 0]
+        mask = rollout["alive"][:, : self.scored_steps, 0]
         bias = (mean - returns)[mask]
         size = returns[mask].abs().mean().item()
         per_row = ((mean - returns) * mask).sum(1) * (self.rows / mask.sum())  # their mean is that over all states

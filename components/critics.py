@@ -1,10 +1,42 @@
-"""Losses of critics.
+"""Critics and their losses.
 
-Dimensions: P ensemble members, B batch, M quantiles of the critics, K of the target.
+Dimensions: P ensemble members, B batch, F features, A action, M quantiles of the critics, K of the target.
 """
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+class Critics(nn.Module):
+    """An ensemble of critics of features and actions, [B, F] and [B, A] -> [P, B, M].
+
+    Args:
+        features, action_dim, quantiles, members: sizes F, A, M and P.
+        network: makes the ensemble, called with in_features, out_features and members.
+        trunk: makes what all critics share before the action comes in, called with F, with `out_features`; None for
+            nothing.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        action_dim: int,
+        quantiles: int,
+        members: int,
+        network: Callable[..., nn.Module],
+        trunk: Callable[[int], nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        self.trunk = None if trunk is None else trunk(features)
+        width = features if self.trunk is None else self.trunk.out_features
+        self.network = network(width + action_dim, quantiles, members)
+
+    def forward(self, features: Tensor, action: Tensor) -> Tensor:
+        if self.trunk is not None:
+            features = self.trunk(features)
+        return self.network(torch.cat([features, action], -1))
 
 
 def critic_loss(q: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -91,7 +91,7 @@ class EnsembleMLP(nn.Sequential):
     Args:
         hidden_dim: width.
         layers: hidden layers.
-        last_gain: gain of the orthogonal initialisation of the last layer; the others have that of ReLU.
+        gain, last_gain: of the orthogonal initialisation of the hidden layers, and of the last.
     """
 
     def __init__(
@@ -101,11 +101,12 @@ class EnsembleMLP(nn.Sequential):
         members: int = 1,
         hidden_dim: int = 256,
         layers: int = 2,
+        gain: float = RELU_GAIN,
         last_gain: float = 0.01 * RELU_GAIN,
     ) -> None:
         parts: list[nn.Module] = []
         for _ in range(layers):
-            parts += [EnsembleLinear(members, in_features, hidden_dim, RELU_GAIN), nn.ReLU()]
+            parts += [EnsembleLinear(members, in_features, hidden_dim, gain), nn.ReLU()]
             in_features = hidden_dim
         super().__init__(*parts, EnsembleLinear(members, in_features, out_features, last_gain))
 

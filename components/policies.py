@@ -21,12 +21,12 @@ class ClippedGaussianPolicy:
 
     Args:
         mean: [..., A], already squashed to [-1, 1].
-        std: standard deviation of the noise, one number for all actions.
+        std: standard deviation of the noise, one number (or tensor []) for all actions.
     """
 
     bound = 1.0 - 1e-6
 
-    def __init__(self, mean: Tensor, std: float) -> None:
+    def __init__(self, mean: Tensor, std: float | Tensor) -> None:
         self.mean = mean
         self.std = std
 

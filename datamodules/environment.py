@@ -66,11 +66,11 @@ class EnvironmentDataModule(L.LightningDataModule):
             env.check_tasks(list(named_rewards(protocol).values()))
 
     @property
-    def spec(self) -> dict[str, int]:
+    def spec(self) -> dict[str, Any]:
         """Sizes a method is built from, known before any data are there."""
         env = self._reference_env
         return {
-            "observation_dim": env.observation_spec["observation"].shape[-1],
+            "observation_shape": list(env.observation_spec["observation"].shape[1:]),
             "action_dim": env.action_spec.shape[-1],
         }
 

@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from components.checks import check_counts
+from components.checks import check_counts, vector_size
 from components.distributed import world_size
 from datamodules.environment import EnvironmentDataModule, named_rewards
 from datamodules.environments.measured import MeasuredEnv
@@ -63,11 +63,11 @@ class OfflineDataModule(EnvironmentDataModule):
         spec, domain = self.spec, self._reference_env.domain_name
         if self.dataset.domain != domain:
             raise ValueError(f"The data set is of {self.dataset.domain}, expected {domain} as the environment.")
-        for name, found in (("observation", self.dataset.observation_dim), ("action", self.dataset.action_dim)):
-            if found != spec[f"{name}_dim"]:
-                raise ValueError(
-                    f"The data set has {name}s of size {found}, expected {spec[f'{name}_dim']} as in the environment."
-                )
+        sizes = (self.dataset.observation_dim, self.dataset.action_dim)
+        expected = (vector_size(spec["observation_shape"]), spec["action_dim"])
+        for name, found, own in zip(("observation", "action"), sizes, expected):
+            if found != own:
+                raise ValueError(f"The data set has {name}s of size {found}, expected {own} as in the environment.")
 
     def train_dataloader(self) -> UniformBatches:
         assert self.dataset is not None

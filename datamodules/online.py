@@ -4,6 +4,7 @@ Dimensions: N environments of this process, T steps of a collection, B batch.
 """
 
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from functools import partial
@@ -20,7 +21,7 @@ from components.distributed import rank, world_size
 from datamodules.environment import EnvironmentDataModule
 from datamodules.environments.measured import MeasuredEnv
 from datamodules.replay import STORAGES, ReplayBuffer
-from datamodules.sampling import batch_generator
+from datamodules.sampling import Stacks, batch_generator
 
 COLLECTORS = ("sync", "async", "ray")
 _EPISODES = ("episode_return", "episode_length")
@@ -35,7 +36,7 @@ class OnlineDataModule(EnvironmentDataModule):
 
     Args:
         environment, protocols: see `EnvironmentDataModule`.
-        replay_folder: where the replay buffer's files lie; they stay when the run is over.
+        replay_folder: where the replay buffer's files lie.
         collector: ``sync`` collects between updates, in this process. ``async`` collects beside them, in a process of
             its own with a copy of the policy that is one collection old. Its environments begin new episodes when a
             run resumes, and when a batch arrives depends on the machine: such runs lose nothing, but can't be repeated
@@ -48,6 +49,8 @@ class OnlineDataModule(EnvironmentDataModule):
         updates_per_env_step: updates for each environment step, may be a fraction.
         replay_capacity: transitions that are kept, over all processes.
         replay_storage: see `ReplayBuffer`.
+        keep_replay: keep the replay buffer's files when the run is finished, without which it can't go on to more
+            updates.
         n_step: steps of the returns.
         discount: of the rewards in n-step returns.
         checkpoint_every: updates between two checkpoints at most; what is written in between must not overwrite what
@@ -69,6 +72,7 @@ class OnlineDataModule(EnvironmentDataModule):
         updates_per_env_step: float = 1.0,
         replay_capacity: int = 1_000_000,
         replay_storage: str = "memory",
+        keep_replay: bool = True,
         n_step: int = 1,
         discount: float = 0.99,
         checkpoint_every: int = 10_000,
@@ -103,6 +107,7 @@ class OnlineDataModule(EnvironmentDataModule):
         self.updates_per_env_step = Fraction(str(updates_per_env_step))
         self.replay_capacity = replay_capacity
         self.replay_storage = replay_storage
+        self.keep_replay = keep_replay
         self.n_step = n_step
         self.discount = discount
         self.checkpoint_every = checkpoint_every
@@ -131,6 +136,7 @@ class OnlineDataModule(EnvironmentDataModule):
             f"{self.replay_folder}/process_{rank()}",
             self.replay_storage,
             module.device,
+            self._reference_env.frame_stack,
         )
         self._episode = torch.zeros(rows, 2, dtype=torch.float64)
         environment = None
@@ -198,6 +204,11 @@ class OnlineDataModule(EnvironmentDataModule):
     def teardown(self, stage: str) -> None:
         self._close()
 
+    def finish(self) -> None:
+        """Called when the run has its results."""
+        if not self.keep_replay:
+            shutil.rmtree(self.replay_folder, ignore_errors=True)
+
     def on_exception(self, exception: BaseException) -> None:
         self._close()
 
@@ -228,7 +239,7 @@ class OnlineDataModule(EnvironmentDataModule):
                 batch = batch.flatten(0, 1)  # [workers, N / workers, T]
             self.replay.extend(batch)
             self._count_episodes(module, batch)
-        module.env_steps = self.env_steps
+            module.advance(self.env_steps)
 
     def _count_episodes(self, module: Any, batch: TensorDictBase) -> None:
         finished, count = torch.zeros(2, dtype=torch.float64), 0
@@ -242,12 +253,29 @@ class OnlineDataModule(EnvironmentDataModule):
                 self._episode[done] = 0
         module.tally(_EPISODES, finished.float(), count)
 
+    def probe(self, count: int) -> TensorDict | None:
+        """Transitions [count] of what there is by now, to look at; None before there is any."""
+        if self.replay is None and self._restored is not None:  # a run that was stopped after its last update
+            self._begin(self.trainer.lightning_module)
+        if self.replay is None or not self.replay.size:
+            return None
+        generator = torch.Generator().manual_seed(self.evaluation_seed)
+        return self.replay.sample((count,), generator, self.n_step, self.discount)
+
     # -- Lightning ----------------------------------------------------------------------------------------------------
 
-    def train_dataloader(self) -> "OnlineBatches":
+    def train_dataloader(self) -> Stacks:
+        """Stacks of batches [updates_per_step, B], each drawn after the environment steps that are due by then."""
         assert self.trainer is not None
         module = self.trainer.lightning_module
-        return OnlineBatches(self, module, module.updates, self.next_evaluation(module.updates, module.total_updates))
+        shape = (self.updates_per_step, self.share(self.batch_size, world_size()))
+
+        def draw(update: int) -> TensorDict:
+            self.collect_until(module, self.random_steps + int(update / self.updates_per_env_step))
+            return self.replay.sample(shape, batch_generator(self.seed, update), self.n_step, self.discount)
+
+        stop = self.next_evaluation(module.updates, module.total_updates)
+        return Stacks(draw, self.updates_per_step, module.updates, stop)
 
     def state_dict(self) -> dict[str, Any]:
         """What the collection goes on from; the replay buffer's new steps are saved at the same time."""
@@ -274,23 +302,6 @@ class OnlineDataModule(EnvironmentDataModule):
         self._restored = state_dict or None
 
 
-class OnlineBatches:
-    """Stacks of batches [updates_per_step, B], each drawn after the environment steps that are due by then."""
-
-    def __init__(self, data: OnlineDataModule, module: Any, start: int, stop: int) -> None:
-        self.data, self.module, self.start, self.stop = data, module, start, stop
-
-    def __len__(self) -> int:
-        return max(0, self.stop - self.start) // self.data.updates_per_step
-
-    def __iter__(self) -> Iterator[TensorDict]:
-        data = self.data
-        shape = (data.updates_per_step, data.share(data.batch_size, world_size()))
-        for update in range(self.start, self.stop, data.updates_per_step):
-            data.collect_until(self.module, data.random_steps + int(update / data.updates_per_env_step))
-            yield data.replay.sample(shape, batch_generator(data.seed, update), data.n_step, data.discount)
-
-
 class _Behaviour(torch.nn.Module):
     """Random actions at first, then those of the exploring policy."""
 
@@ -301,7 +312,8 @@ class _Behaviour(torch.nn.Module):
 
     def forward(self, observation: Tensor) -> Tensor:
         if self._data.env_steps < self._data.random_steps:
-            return 2 * torch.rand(len(observation), self._data.spec["action_dim"]).to(observation) - 1
+            action = 2 * torch.rand(len(observation), self._data.spec["action_dim"]) - 1
+            return action.to(observation.device)
         return self.policy(TensorDict({"observation": observation}, batch_size=observation.shape[:1]))["action"]
 
 
@@ -335,7 +347,8 @@ def _ray_collector(
 
 def _example(env: MeasuredEnv, n: int) -> TensorDict:
     """What is stored of a step of n environments like the one given, [n]."""
-    observation = torch.zeros(n, *env.observation_spec["observation"].shape[1:])
+    observed = env.observation_spec["observation"]
+    observation = torch.zeros(n, *observed.shape[1:], dtype=observed.dtype)
     flag = torch.zeros(n, 1, dtype=torch.bool)
     following = {"observation": observation, "reward": torch.zeros(n, 1), "terminated": flag, "truncated": flag}
     action = torch.zeros(n, *env.action_spec.shape[1:])

@@ -1,7 +1,7 @@
 """Batches drawn uniformly from transitions in memory, by a rule that needs no state to resume."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,22 @@ def batch_generator(seed: int, update: int) -> torch.Generator:
     """The source of chance of one update's batch: a function of (seed, rank, update)."""
     digest = hashlib.blake2b(f"{seed}/{rank()}/{update}".encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest))
+
+
+@dataclass
+class Stacks:
+    """Yields what `draw` makes of every `updates_per_step`-th update, start <= u < stop: stacks of batches."""
+
+    draw: Callable[[int], TensorDict]
+    updates_per_step: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return max(0, self.stop - self.start) // self.updates_per_step
+
+    def __iter__(self) -> Iterator[TensorDict]:
+        return map(self.draw, range(self.start, self.stop, self.updates_per_step))
 
 
 @dataclass

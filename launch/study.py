@@ -121,6 +121,8 @@ def train(
     trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
     _measure_references(datamodule, study)
     trainer.test(module, datamodule=datamodule, verbose=False)
+    if hasattr(datamodule, "finish") and trainer.is_global_zero:
+        datamodule.finish()
 
 
 @rank_zero_only

@@ -1,13 +1,14 @@
-"""Off-policy actor-critic learning with a choice of pessimism: SAC, TD3, REDQ and generalised pessimism learning.
+"""Off-policy actor-critic learning from vectors or pictures, with a choice of pessimism.
 
 Haarnoja et al. (SAC), arXiv 1812.05905; Fujimoto et al. (TD3), arXiv 1802.09477; Chen et al. (REDQ), arXiv 2101.05982;
-Cetin and Celiktutan (GPL), arXiv 2110.03375. See docs/methods/actor_critic.md.
+Cetin and Celiktutan (GPL), arXiv 2110.03375; Yarats et al. (DrQ-v2), arXiv 2107.09645; Cetin et al. (A-LIX), arXiv
+2207.00986. See docs/methods/actor_critic.md and docs/methods/pixels.md.
 
-Dimensions: B batch, O observation, A action, P ensemble members, M quantiles.
+Dimensions: B batch, O observation (one or three dimensions), F features, A action, P ensemble members, M quantiles.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 
 from components.actors import Actor, ActorPolicy, EntropyTemperature
 from components.checks import check_counts
-from components.critics import critic_loss
+from components.critics import Critics, critic_loss
+from components.diagnostics import correlation, effective_rank, jacobian_norm
 from components.ema import polyak_update
+from components.encoders import Encoder, FlatObservations, evaluating
 from components.pessimism import Pessimism
 from lightning_modules.base import LearningMethod
 
@@ -27,15 +30,20 @@ class ActorCritic(LearningMethod):
     """An ensemble of critics, an actor that climbs them, and a rule for how much the critics are believed.
 
     Args:
-        observation_dim, action_dim: sizes O and A.
-        critic: makes the ensemble, called with in_features, out_features and members; [B, O + A] -> [P, B, M].
-        actor: makes the actor, called with the sizes.
+        observation_shape, action_dim: sizes O and A.
+        critic: makes the ensemble, called with in_features, out_features and members; [B, in] -> [P, B, M].
+        actor: makes the actor, called with the sizes F and A.
+        encoder: makes what turns observations into features, called with O; it is trained by the critics' loss, and the
+            targets' features come from it too. Without one, observations are the features.
+        trunk: makes what critics (together) and actor (for itself) begin with, called with F; None for nothing.
         pessimism: how the ensemble becomes one value; if it has parameters, they are learned along with it.
         temperature: makes the temperature of the entropy bonus, called with `action_dim`; None for no bonus.
         members: P.
         quantiles: M, of the return's distribution; 1 for its mean.
         discount: for one environment step.
-        critic_learning_rate, actor_learning_rate, temperature_learning_rate, pessimism_learning_rate: Adam's.
+        critic_learning_rate, encoder_learning_rate, actor_learning_rate, temperature_learning_rate,
+            pessimism_learning_rate: Adam's.
+        critic_loss_weight: of the critics' loss, which has half of the squared errors: 1 for SAC, 2 for DrQ-v2.
         temperature_momentum: Adam's first decay rate for the temperature; that of a learned pessimism is 0.5.
         target_rate: Polyak rate of the target networks.
         actor_every: updates of the critics for one of actor and temperature.
@@ -50,21 +58,25 @@ class ActorCritic(LearningMethod):
 
     def __init__(
         self,
-        observation_dim: int,
+        observation_shape: Sequence[int],
         action_dim: int,
         *,
         critic: Callable[..., nn.Module],
         actor: Callable[..., Actor],
         pessimism: Pessimism,
+        encoder: Callable[..., Encoder] = FlatObservations,
+        trunk: Callable[[int], nn.Module] | None = None,
         temperature: Callable[..., EntropyTemperature] | None = None,
         members: int = 2,
         quantiles: int = 1,
         discount: float = 0.99,
         critic_learning_rate: float = 3e-4,
+        encoder_learning_rate: float = 3e-4,
         actor_learning_rate: float = 3e-4,
         temperature_learning_rate: float = 3e-4,
         temperature_momentum: float = 0.9,
         pessimism_learning_rate: float = 1e-4,
+        critic_loss_weight: float = 1.0,
         target_rate: float = 0.005,
         actor_every: int = 1,
         pessimism_every: int = 1,
@@ -84,6 +96,7 @@ class ActorCritic(LearningMethod):
         )
         for name, rate in {
             "critic_learning_rate": critic_learning_rate,
+            "encoder_learning_rate": encoder_learning_rate,
             "actor_learning_rate": actor_learning_rate,
             "temperature_learning_rate": temperature_learning_rate,
             "pessimism_learning_rate": pessimism_learning_rate,
@@ -97,14 +110,16 @@ class ActorCritic(LearningMethod):
             )
         if not 0.0 <= discount <= 1.0:
             raise ValueError(f"discount={discount}: expected a number from 0 to 1.")
-        self.critic = critic(observation_dim + action_dim, quantiles, members)
-        self.actor = actor(observation_dim, action_dim)
+        self.encoder = encoder(observation_shape)
+        self.critic = Critics(self.encoder.features, action_dim, quantiles, members, critic, trunk)
+        self.actor = actor(self.encoder.features, action_dim, **({} if trunk is None else {"trunk": trunk}))
         self.pessimism = pessimism
         self.temperature = None if temperature is None else temperature(action_dim)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False) if target_actor else None
 
         self.discount = discount
+        self.critic_loss_weight = critic_loss_weight
         self.target_rate = target_rate
         self.actor_every = actor_every
         self.pessimism_every = pessimism_every
@@ -117,7 +132,9 @@ class ActorCritic(LearningMethod):
                 torch.optim.Adam(parameters, learning_rate, betas=(momentum, 0.999), eps=eps, fused=True)
             )
 
-        self.critic_optimizer = adam(self.critic.parameters(), critic_learning_rate)
+        # One optimiser for all that one loss trains: Adam treats each parameter by itself.
+        groups = [{"params": list(self.critic.parameters())}, *self.encoder.parameter_groups(encoder_learning_rate)]
+        self.critic_optimizer = adam(groups, critic_learning_rate)
         self.actor_optimizer = adam(self.actor.parameters(), actor_learning_rate)
         if self.temperature is not None:
             self.temperature_optimizer = adam(
@@ -130,6 +147,12 @@ class ActorCritic(LearningMethod):
 
     # -- learning -----------------------------------------------------------------------------------------------------
 
+    def advance(self, env_steps: int) -> None:
+        super().advance(env_steps)
+        for actor in (self.actor, self.target_actor):
+            if actor is not None:
+                actor.at(env_steps)
+
     def schedule(self) -> dict[str, bool]:
         """Actor, pessimism and targets are due with the last of every so many updates of the critics."""
         due = {"actor": self.actor_every, "pessimism": self.pessimism_every, "targets": self.targets_every}
@@ -140,19 +163,21 @@ class ActorCritic(LearningMethod):
 
         Args:
             batch: [B] with observation [B, O], action [B, A], and next observation, reward [B, 1], terminated [B, 1];
-                for n-step returns `reward` is their sum and `steps_to_next_obs` [B, 1] says n.
+                for n-step returns `reward` is their sum and `steps_to_next_obs` [B, 1] says n. With a next action
+                [B, A] the critics learn its value (SARSA) instead of the actor's.
             actor, pessimism, targets: which parts are due, see `schedule`.
         """
-        observation, action = batch["observation"], batch["action"]
-        target = self.target(batch)
-        loss, errors, metrics = self.critic_loss(observation, action, target)
+        features = self.encoder(batch["observation"])
+        loss, errors, metrics = self.critic_loss(features, batch["action"], self.target(batch))
         self.minimise(loss, self.critic_optimizer)
+        self.encoder.stepped()
+        metrics |= self.encoder.scores()
         if pessimism and self.pessimism_optimizer is not None:
             self.minimise(self.pessimism.loss(errors), self.pessimism_optimizer)
             self.pessimism.stepped()
             metrics |= self.pessimism.scores()
         if actor:
-            loss, log_prob = self.actor_loss(observation)
+            loss, log_prob = self.actor_loss(features.detach())
             self.minimise(loss, self.actor_optimizer, self.actor_max_norm)
             metrics["actor_loss"] = loss.detach()
             if self.temperature is not None:
@@ -165,28 +190,30 @@ class ActorCritic(LearningMethod):
     @torch.no_grad()
     def target(self, batch: TensorDict) -> Tensor:
         """What the critics regress on, [B, M]: r + discount^n (1 - terminated) (value - alpha log pi)."""
-        next_observation = batch["next", "observation"]
-        next_action, log_prob = (self.target_actor or self.actor).bootstrap(next_observation)
-        q = self.target_critic(torch.cat([next_observation, next_action], -1))
-        value = _checked(self.pessimism, "target", self.pessimism.target(q), q.shape[1:])
-        value = value - (self.alpha() * log_prob)[:, None]
+        features = self.encoder(batch["next", "observation"])
+        if ("next", "action") in batch.keys(True):
+            next_action, bonus = batch["next", "action"], 0.0
+        else:
+            next_action, log_prob = (self.target_actor or self.actor).bootstrap(features)
+            bonus = -(self.alpha() * log_prob)[:, None]
+        q = self.target_critic(features, next_action)
+        value = _checked(self.pessimism, "target", self.pessimism.target(q), q.shape[1:]) + bonus
         assert batch["next", "reward"].shape == (len(value), 1)  # or they would broadcast
         steps = batch.get("steps_to_next_obs", None)
         discount = self.discount if steps is None else self.discount**steps
         return batch["next", "reward"] + discount * (1.0 - batch["next", "terminated"].float()) * value
 
-    def critic_loss(
-        self, observation: Tensor, action: Tensor, target: Tensor
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def critic_loss(self, features: Tensor, action: Tensor, target: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The critics' loss, their errors [P, B] and metrics."""
-        q = self.critic(torch.cat([observation, action], -1))
+        q = self.critic(features, action)
         loss, errors = critic_loss(q, target)
+        loss = self.critic_loss_weight * loss
         return loss, errors, {"critic_loss": loss.detach(), "td_error": errors.mean(), "q_mean": q.detach().mean()}
 
-    def actor_loss(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+    def actor_loss(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """alpha log pi - value, averaged, and the log-densities [B]."""
-        action, log_prob = self.actor.improve(observation)
-        q = self.critic(torch.cat([observation, action], -1))
+        action, log_prob = self.actor.improve(features)
+        q = self.critic(features, action)
         value = _checked(self.pessimism, "actor", self.pessimism.actor(q), q.shape[1:2])
         return (self.alpha() * log_prob - value).mean(), log_prob
 
@@ -212,22 +239,57 @@ class ActorCritic(LearningMethod):
 
     def policy(self, exploring: bool = False) -> TensorDictModule:
         """A policy that reads ``observation`` and writes ``action``."""
-        return TensorDictModule(ActorPolicy(self.actor, "explore" if exploring else "act"), ["observation"], ["action"])
+        use = "explore" if exploring else "act"
+        return TensorDictModule(ActorPolicy(self.encoder, self.actor, use), ["observation"], ["action"])
 
     def valued_policy(self) -> TensorDictModule:
         """The policy whose value the critics learn: it writes ``action`` and ``action_log_prob``."""
-        bootstrap = ActorPolicy(self.target_actor or self.actor, "bootstrap")
+        bootstrap = ActorPolicy(self.encoder, self.target_actor or self.actor, "bootstrap")
         return TensorDictModule(bootstrap, ["observation"], ["action", "action_log_prob"])
 
     @torch.no_grad()
     def values(self, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """What the critics say on average, and what the targets would make of it: both [B]."""
-        q = self.critic(torch.cat([observation, action], -1))
+        with evaluating(self.encoder), evaluating(self.critic):
+            q = self.critic(self.encoder(observation), action)
         return q.mean((0, 2)), self.pessimism.target(q).mean(-1)
 
+    @torch.no_grad()
+    def fit(self, batch: TensorDict) -> TensorDict:
+        """How the critics' mean fits its own targets, and returns if there are any, in transitions [B]; scalars.
+
+        Also how many dimensions the encoder's features have, and how steeply they change with observations.
+        """
+        features = self.encoder(batch["observation"])
+        target = self.target(batch)
+        loss, _ = critic_loss(q := self.critic(features, batch["action"]), target)
+        value = q.mean((0, 2))
+        scores = {
+            "td_loss": 2 * loss / len(q),
+            "q_std": value.std(),
+            "target_correlation": correlation(value, target.mean(-1)),
+            "feature_rank": effective_rank(features),
+            "jacobian": jacobian_norm(self.encoder, batch["observation"]),
+        }
+        returns = batch.get("return", None)
+        if returns is not None:
+            scores["return_correlation"] = correlation(value, returns[:, 0])
+        return TensorDict(scores)
+
+    def feature_gradient(self, batch: TensorDict) -> Tensor:
+        """The gradient of the critics' loss at the encoder's feature maps [C, H, W], its mean over transitions [B]."""
+        with torch.enable_grad():
+            features = self.encoder(batch["observation"])
+            loss, _, _ = self.critic_loss(features, batch["action"], self.target(batch))
+            (gradient,) = torch.autograd.grad(loss, features)
+        return gradient.mean(0).view(self.encoder.feature_shape)
+
     def evaluate(self, task: Any) -> TensorDict:
-        """Roll out the deterministic policy."""
-        self.add_scores({name: [value.item()] for name, value in self.pessimism.scores().items()})
+        """Roll out the deterministic policy, or look at the critics' fit where the task is stored transitions."""
+        learned = self.pessimism.scores() | self.encoder.scores()
+        self.add_scores({name: [value.item()] for name, value in learned.items()})
+        if hasattr(task, "transitions"):
+            return self.fit(task.transitions.to(self.device))
         return task.run(self.policy(), device=self.device)
 
 

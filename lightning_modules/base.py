@@ -100,6 +100,10 @@ class LearningMethod(L.LightningModule, ABC):
     def evaluate(self, task: Any) -> Any:
         """The result of an evaluation task of the datamodule, whose `metrics` turns it into named lists of values."""
 
+    def advance(self, env_steps: int) -> None:
+        """So many environment steps have been taken in the whole run."""
+        self.env_steps = env_steps
+
     def register_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Have an optimiser saved and restored with the run."""
         self._optimizers.append(optimizer)
@@ -121,6 +125,8 @@ class LearningMethod(L.LightningModule, ABC):
         gradients = torch.autograd.grad(loss, parameters)
         average_(gradients)
         for parameter, gradient in zip(parameters, gradients):
+            if gradient.stride() != parameter.stride():  # fused optimisers go through memory in the parameters' order
+                gradient = torch.empty_like(parameter).copy_(gradient)
             parameter.grad = gradient
         if max_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)

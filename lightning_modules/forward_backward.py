@@ -6,7 +6,7 @@ arXiv 2412.04368. See docs/methods/forward_backward.md.
 Dimensions: N batch, P ensemble members, d features, G distinct task vectors in a batch, T tasks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
 from components.actor_objectives import Objective
-from components.checks import check_counts
+from components.checks import check_counts, vector_size
 from components.distributed import gather_rows, rank
 from components.ema import polyak_update
 from components.forward_backward import (
@@ -41,7 +41,7 @@ class ForwardBackward(LearningMethod):
     advantage-weighted regression, and `backward_map` has one block or several.
 
     Args:
-        observation_dim, action_dim: sizes O and A.
+        observation_shape, action_dim: sizes [O] and A.
         features: d, the size of z.
         forward_map, backward_map, actor: network factories, called with the sizes.
         actor_objective: the loss of the policy, see `components.actor_objectives`.
@@ -68,7 +68,7 @@ class ForwardBackward(LearningMethod):
 
     def __init__(
         self,
-        observation_dim: int,
+        observation_shape: Sequence[int],
         action_dim: int,
         *,
         forward_map: Callable[..., ForwardMap],
@@ -100,6 +100,7 @@ class ForwardBackward(LearningMethod):
     ) -> None:
         super().__init__(**loop)
         check_counts(features=features, groups=groups)
+        observation_dim = vector_size(observation_shape)
         for name, value, known in (
             ("orthonormality_convention", orthonormality_convention, tuple(ORTHONORMALITY_SCALE)),
             ("goal_key", goal_key, ("next_observation", "observation")),

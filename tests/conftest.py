@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def small_agent() -> Callable[..., ForwardBackward]:
             "backward_map": partial(BackwardMap, hidden_dim=hidden, blocks=blocks),
             "actor": partial(ZConditionedActor, hidden_dim=hidden),
         }
-        return ForwardBackward(observation_dim, action_dim, **{**defaults, **settings})
+        return ForwardBackward([observation_dim], action_dim, **{**defaults, **settings})
 
     return make
 
@@ -44,14 +44,20 @@ def small_agent() -> Callable[..., ForwardBackward]:
 def transitions() -> Callable[..., TensorDict]:
     """Makes random transitions [n] that all entries of a batch need."""
 
-    def make(n: int = 32, observation_dim: int = 5, action_dim: int = 2, seed: int = 0) -> TensorDict:
+    def make(n: int = 32, observation_shape: Sequence[int] = (5,), action_dim: int = 2, seed: int = 0) -> TensorDict:
         generator = torch.Generator().manual_seed(seed)
+
+        def observations() -> torch.Tensor:
+            if len(observation_shape) == 1:
+                return torch.randn(n, *observation_shape, generator=generator)
+            return torch.randint(256, (n, *observation_shape), generator=generator, dtype=torch.uint8)
+
         return TensorDict(
             {
-                "observation": torch.randn(n, observation_dim, generator=generator),
+                "observation": observations(),
                 "action": 2 * torch.rand(n, action_dim, generator=generator) - 1,
                 "next": {
-                    "observation": torch.randn(n, observation_dim, generator=generator),
+                    "observation": observations(),
                     "reward": torch.randn(n, 1, generator=generator),
                     "terminated": torch.rand(n, 1, generator=generator) < 0.1,
                 },

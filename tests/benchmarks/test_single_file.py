@@ -17,7 +17,7 @@ WIDTH = 8
 def ours(critic, pessimism, **settings) -> ActorCritic:
     network = partial(EnsembleMLP, hidden_dim=WIDTH, last_gain=1.0)
     return ActorCritic(
-        5,
+        [5],
         2,
         critic=partial(critic, hidden_dim=WIDTH, last_gain=1.0),
         actor=partial(GaussianActor, network=network),
@@ -30,7 +30,7 @@ def ours(critic, pessimism, **settings) -> ActorCritic:
 
 def theirs(plain, critics, made: ActorCritic):
     """The single-file agent with the weights of ours."""
-    agent = plain(5, 2, critics(7, made.critic[0].weight.shape[0], WIDTH), WIDTH)
+    agent = plain(5, 2, critics(7, made.critic.network[0].weight.shape[0], WIDTH), WIDTH)
     for network, target in ((agent.critics, False), (agent.targets, True)):
         source = (made.target_critic if target else made.critic).state_dict()
         state = network.state_dict()

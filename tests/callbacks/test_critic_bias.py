@@ -82,6 +82,25 @@ class ZeroValueEnvWithPay(ZeroValueEnv):
         return super()._step(tensordict).set("reward", torch.ones_like(self._reward))
 
 
+class HeldActions(ZeroValueEnvWithPay):
+    """Counts its episodes in control steps, two to a decision, and pays nothing once they are over."""
+
+    action_repeat = 2
+
+    def __init__(self, *, episode_length: int, **settings) -> None:
+        super().__init__(episode_length=episode_length // 2, **settings)
+
+    def _step(self, tensordict):
+        result = super()._step(tensordict)
+        return result.set("reward", result["reward"] * (self._steps <= self.episode_length))
+
+
+def test_episodes_last_as_long_as_is_looked_at_where_actions_are_held():
+    critic, probe = Critic(), CriticBias(HeldActions, rows=4, scored_steps=5)
+    probe.on_validation_epoch_end(SimpleNamespace(), critic)
+    assert critic.scores["critic_bias/mean"] == pytest.approx([0.7] * 4, abs=1e-3 * 11)
+
+
 def test_states_after_a_termination_do_not_count():
     critic, probe = Critic(), CriticBias(partial(ConstantReward), rows=2, scored_steps=20)
     probe.on_test_epoch_end(SimpleNamespace(), critic)

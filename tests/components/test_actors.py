@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from components.actors import ActorPolicy, DeterministicActor, EntropyTemperature, GaussianActor
+from components.encoders import FlatObservations
 from components.ensemble import EnsembleMLP, EnsembleResidualMLP
 
 SMALL = partial(EnsembleMLP, hidden_dim=8)
@@ -47,7 +48,7 @@ def test_noise_of_the_deterministic_actor():
 
 def test_policy_module_shares_the_actor():
     actor = GaussianActor(3, 2, SMALL)
-    policy = ActorPolicy(actor, "act")
+    policy = ActorPolicy(FlatObservations([3]), actor, "act")
     assert list(policy.parameters()) == list(actor.parameters())
     assert not policy(torch.randn(5, 3)).requires_grad
 

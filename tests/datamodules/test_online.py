@@ -6,6 +6,7 @@ import torch
 from tensordict.nn import TensorDictModule
 
 from components.actors import Actor, ActorPolicy
+from components.encoders import FlatObservations
 from datamodules.environments.overdrive import OverdriveEnv
 from datamodules.environments.zero_value import ZeroValueEnv
 from datamodules.online import OnlineDataModule
@@ -24,6 +25,9 @@ class Learner:
     def policy(self, exploring: bool) -> TensorDictModule:
         assert exploring
         return TensorDictModule(lambda seen: self.weight.expand(len(seen), 2).clone(), ["observation"], ["action"])
+
+    def advance(self, env_steps: int) -> None:
+        self.env_steps = env_steps
 
     def tally(self, names, values, count) -> None:
         self.tallied.setdefault(names, []).append((values.tolist(), count))
@@ -61,7 +65,7 @@ def test_first_steps_are_random_and_then_the_policy_acts_as_it_is_by_then(tmp_pa
     data, learner = made(tmp_path)
     for number, _ in enumerate(data.train_dataloader()):
         learner.weight = torch.full((1,), 0.1 * (number + 1))  # as an update would
-    actions = data.replay._data["action"][: data.replay.written, :, 0]
+    actions = data.replay._steps.data["action"][: data.replay.written, :, 0]
     assert data.replay.written == 14
     assert (actions[:10].std(0) > 0.3).all()
     expected = torch.tensor([0.1, 0.2, 0.3, 0.4])[:, None].expand(4, 2)
@@ -79,7 +83,7 @@ def test_episodes_are_counted_when_they_end(tmp_path):
 def test_stored_transitions_are_those_of_the_environment(tmp_path):
     data, learner = made(tmp_path, random_steps=120)
     data.collect_until(learner, 120)
-    stored = data.replay._data[:60]
+    stored = data.replay._steps.data[:60]
     ended = stored["next", "truncated"][..., 0]
     assert ended.nonzero().tolist() == [[49, 0], [49, 1]]
     follows = ~ended[:-1]
@@ -165,7 +169,9 @@ def test_other_processes_collect_with_the_newest_policy_or_that_of_one_collectio
         pytest.importorskip("ray")
     data, learner = made(tmp_path, collector=collector, steps_per_collection=2)
     actor = Constant()
-    learner.policy = lambda exploring: TensorDictModule(ActorPolicy(actor, "explore"), ["observation"], ["action"])
+    learner.policy = lambda exploring: TensorDictModule(
+        ActorPolicy(FlatObservations([2]), actor, "explore"), ["observation"], ["action"]
+    )
     try:
         for number, _ in enumerate(data.train_dataloader()):
             with torch.no_grad():
@@ -173,14 +179,14 @@ def test_other_processes_collect_with_the_newest_policy_or_that_of_one_collectio
         state = data.state_dict()
     finally:
         data.teardown("fit")
-    actions = data.replay._data["action"][: data.replay.written, :, 0]
+    actions = data.replay._steps.data["action"][: data.replay.written, :, 0]
     assert (actions[:10].std(0) > 0.3).all()  # random at first
     acted = actions[10:].mean(1)
     torch.testing.assert_close(acted[::2], acted[1::2])
     assert ((acted[::2] * 10).round() * 0.1 - acted[::2]).abs().max() < 1e-6
     assert 0 <= acted[0] <= acted[-1] <= 0.4  # what the learner knew by then, or one collection before
     assert acted[-1] >= 0.1
-    stored = data.replay._data[: data.replay.written]
+    stored = data.replay._steps.data[: data.replay.written]
     assert not torch.equal(stored["observation"][:, 0], stored["observation"][:, 1])  # episodes of their own
     follows = ~stored["next", "truncated"][:-1, :, 0]
     assert torch.equal(stored["observation"][1:][follows], stored["next", "observation"][:-1][follows])
@@ -209,3 +215,13 @@ def test_unknown_storage_is_named_before_anything_is_written(tmp_path):
 def test_unknown_collector_is_named(tmp_path):
     with pytest.raises(ValueError, match="Unknown collector='slurm': expected one of sync, async, ray"):
         made(tmp_path, collector="slurm")
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_replay_files_of_a_finished_run_stay_if_they_are_wanted(tmp_path, keep):
+    data, learner = made(tmp_path / "replay", keep_replay=keep)
+    data.collect_until(learner, 30)
+    data.state_dict()
+    assert (tmp_path / "replay").is_dir()
+    data.finish()
+    assert (tmp_path / "replay").is_dir() == keep

@@ -15,12 +15,14 @@ from tensordict import TensorDict
 
 from callbacks.run_log import read_rows
 from components.actor_objectives import AdvantageWeighted, DeterministicPolicyGradient
-from components.actors import EntropyTemperature, GaussianActor
+from components.actors import DeterministicActor, EntropyTemperature, GaussianActor
 from components.distributed import rank, world_size
+from components.encoders import FeatureTrunk, PixelEncoder
 from components.ensemble import EnsembleMLP, EnsembleResidualMLP
 from components.forward_backward import BackwardMap, ForwardMap, ZConditionedActor, sample_sphere
-from components.pessimism import DualPessimism
+from components.pessimism import DualPessimism, MinimumPessimism
 from components.policies import ClippedGaussianPolicy, TanhGaussianPolicy
+from components.signal_mixing import SignalMixing
 from launch.checkpoints import load_checkpoint
 from lightning_modules.actor_critic import ActorCritic
 from lightning_modules.forward_backward import ForwardBackward
@@ -74,7 +76,7 @@ def gradients() -> dict[str, list[torch.Tensor]]:
         settings = dict(settings)
         torch.manual_seed(3)
         agent = ForwardBackward(
-            5,
+            [5],
             2,
             features=8,
             forward_map=partial(ForwardMap, hidden_dim=16),
@@ -114,13 +116,34 @@ def gradients() -> dict[str, list[torch.Tensor]]:
     for quantiles in (1, 5):
         for part, gradient in actor_critic_gradients(batch, quantiles).items():
             found[f"actor-critic {part}, {quantiles}"] = gradient
+    pictures = torch.randint(256, (2, ROWS, 3, 20, 20), generator=generator, dtype=torch.uint8)[:, share]
+    batch["observation"], batch["next", "observation"] = pictures
+    found["pixels"] = pixel_gradients(batch)
     return found
+
+
+def pixel_gradients(batch: TensorDict) -> list[torch.Tensor]:
+    """Of critics and encoder, and of the strength of mixing, which comes from the gradient of the whole batch."""
+    torch.manual_seed(3)
+    agent = ActorCritic(
+        [3, 20, 20],
+        2,
+        critic=partial(EnsembleMLP, hidden_dim=16, last_gain=1.0),
+        actor=partial(DeterministicActor, network=partial(EnsembleMLP, hidden_dim=16, last_gain=1.0)),
+        pessimism=MinimumPessimism(),
+        encoder=partial(PixelEncoder, channels=4, mixing=partial(SignalMixing, initial=0.0)),
+        trunk=partial(FeatureTrunk, feature_dim=6),
+        updates=1,
+    )
+    features = agent.encoder(batch["observation"])
+    loss, _, _ = agent.critic_loss(features, batch["action"], agent.target(batch))
+    return minimised(agent, loss, agent.critic_optimizer)
 
 
 def actor_critic_gradients(batch: TensorDict, quantiles: int) -> dict[str, list[torch.Tensor]]:
     torch.manual_seed(3)
     agent = ActorCritic(
-        5,
+        [5],
         2,
         critic=partial(EnsembleResidualMLP, hidden_dim=16, last_gain=1.0),
         actor=partial(GaussianActor, network=partial(EnsembleMLP, hidden_dim=16, last_gain=1.0)),
@@ -148,6 +171,7 @@ def minimised(agent, loss, optimizer) -> list[torch.Tensor]:
 CASES = [
     *REPRESENTATIONS,
     *(f"{o}, {r}" for o in OBJECTIVES for r in ("one_block", "four_blocks")),
+    "pixels",
     *(f"actor-critic {part}, {m}" for part in ("critic", "pessimism", "actor", "temperature") for m in (1, 5)),
 ]
 

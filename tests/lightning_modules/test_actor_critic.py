@@ -34,7 +34,7 @@ def agent(observation_dim=5, action_dim=2, **settings) -> ActorCritic:
         "temperature": partial(EntropyTemperature, initial=0.3),
         "updates": 100,
     }
-    made = ActorCritic(observation_dim, action_dim, **{**defaults, **settings})
+    made = ActorCritic([observation_dim], action_dim, **{**defaults, **settings})
     with torch.no_grad():  # targets differ from what they follow, as they do in training
         for target in (made.target_critic, *([made.target_actor] if made.target_actor else [])):
             for parameter in target.parameters():
@@ -104,10 +104,10 @@ def test_sac_losses_are_those_of_torchrl(transitions):
         ),
     )
     theirs = SACLoss(
-        policy, critics(ours.critic), loss_function="l2", alpha_init=0.3, target_entropy=-2.0, delay_qvalue=True
+        policy, critics(ours.critic.network), loss_function="l2", alpha_init=0.3, target_entropy=-2.0, delay_qvalue=True
     )
     theirs.make_value_estimator(ValueEstimators.TD0, gamma=0.99)
-    set_targets(theirs, "target_qvalue_network_params", critics(ours.target_critic))
+    set_targets(theirs, "target_qvalue_network_params", critics(ours.target_critic.network))
     torch.manual_seed(1)
     expected = theirs(batch.clone())
 
@@ -125,7 +125,7 @@ def test_td3_losses_are_those_of_torchrl(transitions):
     actor = TensorDictModule(Layers(ours.actor.network, 0, "tanh"), ["observation"], ["action"])
     theirs = TD3Loss(
         actor,
-        critics(ours.critic),
+        critics(ours.critic.network),
         action_spec=Bounded(-1, 1, (2,)),
         loss_function="l2",
         policy_noise=0.2,
@@ -133,7 +133,7 @@ def test_td3_losses_are_those_of_torchrl(transitions):
         delay_actor=True,
     )
     theirs.make_value_estimator(ValueEstimators.TD0, gamma=0.99)
-    set_targets(theirs, "target_qvalue_network_params", critics(ours.target_critic))
+    set_targets(theirs, "target_qvalue_network_params", critics(ours.target_critic.network))
     target_actor = TensorDictModule(Layers(ours.target_actor.network, 0, "tanh"), ["observation"], ["action"])
     set_targets(theirs, "target_actor_network_params", [target_actor])
     torch.manual_seed(1)
@@ -214,7 +214,7 @@ def test_targets_that_are_too_high_raise_the_penalty_and_too_low_ones_lower_it(t
     dual = DualPessimism(0.5)
     made = agent(pessimism=dual, members=3, target_rate=0.0)
     with torch.no_grad():
-        made.target_critic[-1].bias += offset
+        made.target_critic.network[-1].bias += offset
     for _ in range(5):
         made.update(transitions(32))
     assert direction * (dual.beta.item() - 0.5) > 0
@@ -250,16 +250,16 @@ def test_one_update_is_these_steps_in_this_order(transitions):
 
     seen, action = batch["observation"], batch["action"]
     with torch.no_grad():
-        after = torch.cat([batch["next", "observation"], other.actor.act(batch["next", "observation"])], -1)
-        q = other.target_critic(after)
+        after = batch["next", "observation"]
+        q = other.target_critic(after, other.actor.act(after))
         pairs = sum((q[i] - q[j]).abs() for i in range(3) for j in range(3)) / 6
         going = 1 - batch["next", "terminated"].float()
         target = batch["next", "reward"] + 0.99 * going * (q.mean(0) - 0.4 * pairs)
-    errors = other.critic(torch.cat([seen, action], -1)) - target
+    errors = other.critic(seen, action) - target
     adam(list(other.critic.parameters()), 0.5 * errors.square().sum(0).mean(), lr=1e-2)
     beta = torch.tensor(0.4, requires_grad=True)
     adam([beta], beta * errors.detach().mean(), lr=0.2, betas=(0.5, 0.999), eps=1e-7)
-    q = other.critic(torch.cat([seen, other.actor.act(seen)], -1))
+    q = other.critic(seen, other.actor.act(seen))
     pairs = sum((q[i] - q[j]).abs() for i in range(3) for j in range(3)) / 6
     adam(list(other.actor.parameters()), -(q.mean(0) - beta.detach() * pairs).mean(), lr=1e-2)
     torch.testing.assert_close(made.pessimism.beta.detach(), beta.detach())
