@@ -12,6 +12,10 @@ from omegaconf import DictConfig
 from launch.files import write_json, write_text
 
 REFERENCES = "references.json"
+PICTURES = {
+    "films/contact_sheet.png": "Films of {}, moments of the first episode",
+    "feature_gradients.png": "What the critics' loss asks of the feature maps of {}, each on a scale of its own",
+}
 
 
 def write_report(config: DictConfig, runs: Sequence[Any], folder: Path) -> None:
@@ -74,11 +78,12 @@ def _markdown(
     lines += [f"Training took {_times(runs)}.", ""]
     if curves:
         lines += [f"![learning curves]({curves})", ""]
-    for run in runs:
-        sheet = run.folder / "films" / "contact_sheet.png"
-        if sheet.exists():
-            lines += [f"Films of {run.arm}, seed {run.seed}, moments of the first episode:", ""]
-            lines += [f"![films of {run.arm}, seed {run.seed}]({sheet.relative_to(folder)})", ""]
+    for name, what in PICTURES.items():
+        for run in runs:
+            picture = run.folder / name
+            if picture.exists():
+                lines += [f"{what.format(f'{run.arm}, seed {run.seed}')}:", ""]
+                lines += [f"![{picture.stem} of {run.arm}, seed {run.seed}]({picture.relative_to(folder)})", ""]
     return "\n".join(lines)
 
 
