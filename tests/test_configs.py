@@ -20,6 +20,7 @@ EXPERIMENTS = sorted(
 ONLINE = sorted(
     str(path.relative_to(CONFIGS / "experiment").with_suffix(""))
     for path in (CONFIGS / "experiment").rglob("gpl_*.yaml")
+    if not path.stem.startswith("gpl_drq")
 )
 PAPER = [name for name in EXPERIMENTS if name.startswith("paper/")]
 CORNERS = {
@@ -44,7 +45,7 @@ def narrow_agent(transitions, *overrides: str):
     spec = instantiate(config.datamodule).spec
     module = instantiate(config.module, **spec)
     rows = 2 * config.module.groups
-    metrics = module.update(transitions(rows, spec["observation_dim"], spec["action_dim"]))
+    metrics = module.update(transitions(rows, **spec))
     assert all(value.isfinite() for value in metrics.values())
     return module
 
@@ -172,7 +173,7 @@ SWITCHES = {
 
 @pytest.fixture(scope="module")
 def ordinary() -> object:
-    return instantiate(composed("experiment=fb_overdrive", *NARROW).module, observation_dim=2, action_dim=2)
+    return instantiate(composed("experiment=fb_overdrive", *NARROW).module, observation_shape=[2], action_dim=2)
 
 
 @pytest.mark.parametrize("override", SWITCHES)
@@ -180,10 +181,10 @@ def test_every_switch_is_a_configuration_key(override, transitions, ordinary):
     """Without `+`, and it arrives in a method that still learns."""
     module = instantiate(
         composed("experiment=fb_overdrive", "module.backward_map.blocks=4", *NARROW, override).module,
-        observation_dim=2,
+        observation_shape=[2],
         action_dim=2,
     )
-    metrics = module.update(transitions(64, 2, 2))
+    metrics = module.update(transitions(64, [2], 2))
     assert all(value.isfinite() for value in metrics.values())
     if SWITCHES[override]:
         values = [agent_value(agent, SWITCHES[override]) for agent in (module, ordinary)]
@@ -275,5 +276,137 @@ def test_actor_critics_take_every_pessimism_and_critic(module, pessimism, critic
     narrow = ("module.critic.hidden_dim=8", "module.actor.network.hidden_dim=8")
     switches = (f"module={module}", f"module/pessimism={pessimism}", f"module/critic={critic}")
     config = composed(*switches, *narrow, "datamodule=online")
-    made = instantiate(config.module, observation_dim=5, action_dim=2)
+    made = instantiate(config.module, observation_shape=[5], action_dim=2)
     assert all(value.isfinite() for value in made.update(transitions(16)).values())
+
+
+PIXELS = sorted(
+    str(path.relative_to(CONFIGS / "experiment").with_suffix(""))
+    for pattern in ("alix_*.yaml", "gpl_drq_*.yaml")
+    for path in (CONFIGS / "experiment").rglob(pattern)
+)
+NARROW_PIXELS = (
+    "module.critic.hidden_dim=8",
+    "module.actor.network.hidden_dim=8",
+    "module.encoder.channels=2",
+    "module.trunk.feature_dim=4",
+    "module.compile=null",
+)
+
+
+@pytest.mark.parametrize("name", PIXELS)
+def test_every_arm_of_every_pixel_experiment_learns(name, transitions, tmp_path):
+    config = composed(f"experiment={name}")
+    assert config.name == name
+    assert config.summary
+    assert config.duration
+    for overrides in config.arms.values():
+        config = composed(f"experiment={name}", f"run_dir={tmp_path}", *overrides, *NARROW_PIXELS)
+        for part in ("module", "datamodule"):  # a checkpoint of it can be rebuilt
+            check_targets(OmegaConf.to_container(config[part], resolve=True), Path("last.ckpt"))
+        data = instantiate(config.datamodule)
+        module = instantiate(config.module, **data.spec)
+        metrics = module.update(transitions(4, **data.spec))
+        assert all(value.isfinite() for value in metrics.values())
+        assert 0 < metrics["nd_score"] < 3
+        assert data.discount == module.discount
+        for callback in config.callbacks.values():
+            assert callback is None or instantiate(callback)
+        assert config.callbacks.feature_gradients is not None
+        assert (config.callbacks.films is None) == (name == "alix_selffitting")
+
+
+def test_published_tasks_are_there():
+    tasks = set()
+    for name in PIXELS:
+        if name.startswith("paper/alix_"):
+            environment = composed(f"experiment={name}").datamodule.environment
+            tasks.add(f"{environment.domain}/{environment.task}")
+    assert tasks == {
+        *("acrobot/swingup", "cartpole/swingup_sparse", "cheetah/run", "finger/turn_easy", "finger/turn_hard"),
+        *("hopper/hop", "quadruped/run", "quadruped/walk", "manipulation/reach_duplo", "reacher/easy", "reacher/hard"),
+        *("walker/run", "humanoid/stand", "humanoid/walk", "humanoid/run"),
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in PIXELS if name.startswith("paper/")])
+def test_paper_scale_of_pixel_experiments(name):
+    """The constants of the published code, and those tasks that have others."""
+    config = composed(f"experiment={name}")
+    module, data, hard = config.module, config.datamodule, "humanoid" in name
+    assert (module.encoder.channels, list(module.encoder.strides)) == (32, [2, 1, 1, 1])
+    assert (module.trunk.feature_dim, module.critic.hidden_dim) == (100 if hard else 50, 1024)
+    assert (module.critic.last_gain, module.actor.network.gain, module.actor.network.last_gain) == (2**0.5, 1, 1)
+    rates = {module.critic_learning_rate, module.encoder_learning_rate, module.actor_learning_rate}
+    assert rates == {8e-5 if hard else 1e-4}
+    actor = module.actor
+    assert (actor.initial_std, actor.final_std, actor.clip) == (1.0, 0.1, 0.3)
+    assert actor.anneal_steps == (2_000_000 if hard else 500_000)
+    assert (module.target_rate, module.discount, module.critic_loss_weight, module.members) == (0.01, 0.99, 2, 2)
+    environment = data.environment
+    assert (environment.size, environment.frame_stack, environment.action_repeat) == (84, 3, 2)
+    assert environment.effects
+    walker = name.endswith("walker_run")
+    assert (data.n_step, data.batch_size) == ((1, 512) if walker else (3, 256))
+    assert data.replay_capacity == (100_000 if name.endswith("quadruped_run") else 1_000_000)
+    assert (data.random_steps, data.updates_per_env_step, data.num_envs, data.updates_per_step) == (2000, 0.5, 1, 1)
+    assert 4 * module.updates == (30_100_000 if hard else 3_100_000)  # simulator steps
+    assert (4 * data.evaluate_every, data.curve_episodes, config.num_seeds) == (10_000, 10, 10)
+    for preset, expected in (("alix_code", (0.5, 0.535, 2e-3)), ("alix_paper", (0.4, 0.635, 1.2e-3))):
+        mixing = composed(f"experiment={name}", f"preset={preset}").module.encoder.mixing
+        assert (mixing.initial, mixing.target, mixing.learning_rate, mixing.momentum) == (*expected, 0.5)
+
+
+MIXINGS = {
+    "none": ([], 1, 0.0),
+    "lix": ([1, 2, 3, 4], 1, 0.0),
+    "alix": ([1, 2, 3, 4], 1, 2e-3),
+    "alix_untied": ([1, 2, 3, 4], 4, 2e-3),
+    "alix_last": ([4], 1, 2e-3),
+    "input_shift": ([0], 1, 2e-3),
+}
+
+
+@pytest.mark.parametrize("mixing", MIXINGS)
+@pytest.mark.parametrize("augmentation", ["none", "random_shift"])
+def test_mixing_and_augmentation_are_switches(mixing, augmentation, transitions):
+    switches = (f"mixing={mixing}", f"augmentation={augmentation}")
+    module = instantiate(
+        composed("experiment=alix_cartpole", *switches, *NARROW_PIXELS).module,
+        observation_shape=[9, 24, 24],
+        action_dim=1,
+    )
+    blocks, strengths, learning_rate = MIXINGS[mixing]
+    assert module.encoder.mixing.blocks == blocks
+    assert [dual.learning_rate for dual in module.encoder.mixing.duals] == [learning_rate] * strengths
+    assert (module.encoder.augmentation is None) == (augmentation == "none")
+    assert all(value.isfinite() for value in module.update(transitions(4, [9, 24, 24], 1)).values())
+    moved = any(dual.value() != dual.value().new_tensor(0.5) for dual in module.encoder.mixing.duals)
+    assert moved == (learning_rate > 0)
+
+
+@pytest.mark.parametrize("preset", ["alix_code", "alix_paper"])
+def test_presets_leave_a_constant_strength_constant(preset):
+    config = composed("experiment=alix_cartpole", "mixing=lix", f"preset={preset}")
+    encoder = instantiate(config.module.encoder)([9, 24, 24])
+    assert [dual.learning_rate for dual in encoder.mixing.duals] == [0.0]
+
+
+def test_drq_by_itself_shifts_its_pictures():
+    encoder = instantiate(composed("module=drq", "datamodule=online").module.encoder)([9, 24, 24])
+    assert (encoder.augmentation.pad, encoder.mixing) == (4, None)
+
+
+def test_learned_pessimism_on_pictures_is_configuration_alone(transitions):
+    config = composed("experiment=gpl_drq_cartpole", *NARROW_PIXELS)
+    assert config.module._target_ == composed("experiment=gpl_cheetah").module._target_
+    module = instantiate(config.module, observation_shape=[9, 24, 24], action_dim=1)
+    module.update(transitions(8, [9, 24, 24], 1))
+    assert module.pessimism.beta.item() != 0.5
+
+
+def test_pictures_without_an_encoder_are_one_sentence():
+    for module in ("gpl", "forward_backward"):
+        config = composed(f"module={module}", "datamodule=online")
+        with pytest.raises(Exception, match=r"observation_shape=\[9, 84, 84\]: expected vectors; pictures need an enc"):
+            instantiate(config.module, observation_shape=[9, 84, 84], action_dim=2)

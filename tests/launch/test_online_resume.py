@@ -17,18 +17,17 @@ SMALL = (
     "datamodule.episodes=2",
     "datamodule.curve_episodes=1",
     "checkpoint_every=24",
-    "callbacks.critic_bias.rows=2",
-    "callbacks.critic_bias.scored_steps=4",
     "module.discount=0.8",
 )
 NARROW = ("module.critic.hidden_dim=16", "module.actor.network.hidden_dim=16")
+BIAS = ("callbacks=critic_bias", "callbacks.critic_bias.rows=2", "callbacks.critic_bias.scored_steps=4")
 RUNS = {
     # a ring that has gone round several times, in memory and in files; n-step returns; episodes that end on the way
     "cheetah": (
         "experiment=gpl_cheetah",
         *NARROW,
         "~arms.sac",
-        "callbacks=critic_bias",
+        *BIAS,
         "+datamodule.environment.episode_length=28",
         "datamodule.n_step=3",
         "datamodule.replay_capacity=80",
@@ -37,10 +36,21 @@ RUNS = {
         "experiment=gpl_hopper_gym",
         *NARROW,
         "~arms.sac",
-        "callbacks=critic_bias",
+        *BIAS,
         "datamodule.replay_storage=memmap",
         "datamodule.replay_capacity=80",
         "+datamodule.environment.episode_length=40",
+    ),
+    # pictures, each stored once, and a strength and noise that move
+    "cartpole": (
+        "experiment=gpl_drq_cartpole",
+        *NARROW,
+        "~arms.drq",
+        "callbacks=feature_gradients",
+        "module.encoder.channels=4",
+        "datamodule.environment.size=24",
+        "datamodule.replay_capacity=80",
+        "datamodule.environment.episode_length=52",
     ),
 }
 
@@ -57,56 +67,62 @@ def uninterrupted(program, arguments, tmp_path_factory):
     return finished.folder
 
 
-def kill_after(process, root, updates, wait_for_updates, seconds=0.0):
-    wait_for_updates(process, root, "gpl", updates)
+@pytest.fixture(scope="module")
+def arm(uninterrupted):
+    (folder,) = (path for path in uninterrupted.iterdir() if path.is_dir())
+    return folder.name
+
+
+def kill_after(process, root, arm, updates, wait_for_updates, seconds=0.0):
+    wait_for_updates(process, root, arm, updates)
     time.sleep(seconds)
     process.kill()
     process.wait()
 
 
 def test_killed_run_goes_on_bit_for_bit(
-    assert_same_runs, program, spawn, wait_for_updates, arguments, uninterrupted, tmp_path
+    assert_same_runs, program, spawn, wait_for_updates, arguments, uninterrupted, arm, tmp_path
 ):
     root = f"output_root={tmp_path}"
-    kill_after(spawn(*arguments, root), tmp_path, 100, wait_for_updates)
+    kill_after(spawn(*arguments, root), tmp_path, arm, 100, wait_for_updates)
     (folder,) = next(tmp_path.iterdir()).iterdir()
-    saved = load_checkpoint(folder / "gpl" / "seed_0" / "checkpoints" / "last.ckpt")
+    saved = load_checkpoint(folder / arm / "seed_0" / "checkpoints" / "last.ckpt")
     assert 64 <= saved["learning_method"]["updates"] < 320
     assert any(tally[2] for tally in saved["learning_method"]["processes"][0]["tallies"])  # between two records
     (experience,) = saved["OnlineDataModule"]["processes"]
     assert experience["environment"]["steps"].min() > 0  # in the middle of episodes
     finished = program(arguments[0], f"ckpt_path={folder}")
     assert finished.code == 0, finished.err
-    assert_same_runs(folder, uninterrupted, ["gpl"])
+    assert_same_runs(folder, uninterrupted, [arm])
 
 
 def test_run_without_a_checkpoint_starts_over_on_the_old_replay_files(
-    assert_same_runs, program, spawn, wait_for_updates, arguments, uninterrupted, tmp_path
+    assert_same_runs, program, spawn, wait_for_updates, arguments, uninterrupted, arm, tmp_path
 ):
     if uninterrupted.parent.name != "gpl_cheetah":
         pytest.skip("one is enough")
     process = spawn(*arguments, f"output_root={tmp_path}", "checkpoint_every=64")
-    kill_after(process, tmp_path, 20, wait_for_updates)
+    kill_after(process, tmp_path, arm, 20, wait_for_updates)
     (folder,) = next(tmp_path.iterdir()).iterdir()
-    (folder / "gpl" / "seed_0" / "checkpoints" / "last.ckpt").unlink(missing_ok=True)
+    (folder / arm / "seed_0" / "checkpoints" / "last.ckpt").unlink(missing_ok=True)
     finished = program(arguments[0], f"ckpt_path={folder}", "checkpoint_every=24")
     assert finished.code == 0, finished.err
-    assert_same_runs(folder, uninterrupted, ["gpl"])
+    assert_same_runs(folder, uninterrupted, [arm])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_ten_kills_at_random_instants(
-    assert_same_runs, program, spawn, wait_for_updates, arguments, uninterrupted, tmp_path
+    assert_same_runs, program, spawn, wait_for_updates, arguments, uninterrupted, arm, tmp_path
 ):
     generator = random.Random(0)
     more = [*arguments, f"output_root={tmp_path}"]
     for number in range(10):
         process = spawn(*more, *(["ckpt_path=last"] if number else []))
-        kill_after(process, tmp_path, 8 + 14 * number, wait_for_updates, 0.3 * generator.random())
+        kill_after(process, tmp_path, arm, 8 + 14 * number, wait_for_updates, 0.3 * generator.random())
         (folder,) = next(tmp_path.iterdir()).iterdir()
     assert program(arguments[0], f"ckpt_path={folder}").code == 0
-    assert_same_runs(folder, uninterrupted, ["gpl"])
+    assert_same_runs(folder, uninterrupted, [arm])
 
 
 def test_checkpoint_of_another_number_of_environments_is_one_sentence(program, uninterrupted):
