@@ -44,6 +44,7 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(RUN) -m benchmarks.environment_speed
+	$(RUN) -m benchmarks.rendering_speed
 	$(RUN) -m benchmarks.update_speed
 
 lock: $(INSTALLED)

@@ -6,8 +6,9 @@ Prints, for forward-backward agents at the sizes of `experiment=fb_humanoid` (an
 the bare `update` eager and compiled, and the whole Lightning loop around the same update on the same data; the overhead
 of the framework is the loop's time per update over the bare update's. For SAC (two critics 256-256, batch 256) and
 generalised pessimism learning (ten "modern" critics of 256, the actor after every twentieth update), the Lightning loop
-with batches from the replay buffer beside the loops of `benchmarks.single_file`, which make the same updates. All that
-is compared takes turns in one run.
+with batches from the replay buffer beside the loops of `benchmarks.single_file`, which make the same updates. For
+agents that see pictures, without a regulariser, with random shifts and with signal mixing, the bare `update` eager and
+compiled. All that is compared takes turns in one run.
 """
 
 import argparse
@@ -35,13 +36,18 @@ from lightning_modules.base import LearningMethod
 ROWS = 100_000
 
 
-def make_module(overrides: list[str], sizes: tuple[int, int], device: torch.device) -> tuple[LearningMethod, int]:
+Sizes = tuple[int | tuple[int, int, int], int]
+"""Of observations, vectors or pictures, and actions."""
+
+
+def make_module(overrides: list[str], sizes: Sizes, device: torch.device) -> tuple[LearningMethod, int]:
     """The method that `overrides` compose, for observations and actions of these sizes, and its batch size."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose("train", overrides)
     torch.manual_seed(0)
     config.module.updates_per_step = OmegaConf.to_container(config.datamodule, resolve=False)["updates_per_step"]
-    made = instantiate(config.module, observation_dim=sizes[0], action_dim=sizes[1])
+    shape = [sizes[0]] if isinstance(sizes[0], int) else sizes[0]
+    made = instantiate(config.module, observation_shape=shape, action_dim=sizes[1])
     return made.to(device), config.datamodule.batch_size
 
 
@@ -208,6 +214,39 @@ def report_actor_critic(
         print(f"  {name}: the framework has {times:.2f} times the updates of the single file", flush=True)
 
 
+def report_pixels(
+    experiment: str, size: int, title: str, device: torch.device, rounds: int, updates: int, precision: str = "32"
+) -> None:
+    """Updates of agents that see pictures: without a regulariser, with random shifts, and with signal mixing."""
+    arms = {"none": ["mixing=none"], "DrQ-v2": ["mixing=none", "augmentation=random_shift"], "A-LIX": []}
+    modes = {"eager": "null", "compiled": "cudagraphs" if device.type == "cuda" else "default"}
+    measures = {}
+    for arm, overrides in arms.items():
+        for name, mode in modes.items():
+            switches = [f"experiment={experiment}", *overrides, f"module.compile={mode}"]
+            module, batch_size = make_module(switches, ((9, size, size), 6), device)
+            generator = torch.Generator().manual_seed(0)
+            shape = (batch_size, 9, size, size)
+            pictures = [torch.randint(256, shape, generator=generator, dtype=torch.uint8) for _ in range(2)]
+            batch = make_data((1, 6), torch.device("cpu"))[:batch_size]
+            batch["observation"], batch["next", "observation"] = pictures
+            measures[f"{arm}, {name}"] = partial(time_half, precision, time_bare, module, [batch.to(device)], updates)
+    for measure in measures.values():  # warm up, and compile
+        measure()
+    results = interleaved(measures, rounds)
+    show(f"{title}, batch {batch_size}", results, device)
+    for name in modes:
+        for arm in ("DrQ-v2", "A-LIX"):
+            times = ratio(results, f"{arm}, {name}", f"none, {name}")
+            print(f"  {name}: {arm} makes {times:.2f} times the updates of no regulariser", flush=True)
+
+
+def time_half(precision: str, measure: Callable[..., float], module: LearningMethod, *arguments: object) -> float:
+    """What `measure` gives, in bfloat16 where that is asked for."""
+    with torch.autocast(module.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return measure(module, *arguments)
+
+
 def time_plain(train: Callable[[int], None], updates: int, device: torch.device) -> float:
     """Seconds per update of a single-file loop."""
     synchronise(device)
@@ -237,10 +276,15 @@ def main() -> None:
         "GPL, ten modern critics, actor every 20 updates",
         **extent,
     )
+    small = {**extent, "updates": min(arguments.updates, 10)}
+    report_pixels("alix_cheetah", 48, "Pixel agents as in alix_cheetah", **small)
     report_forward_backward("fb_humanoid", "fb_aware", "FB-AWARE as in fb_humanoid", **extent)
     report_forward_backward("fb_humanoid", "fb", "FB as in fb_humanoid", **extent)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+        for precision in ("32", "bf16"):
+            title = f"Pixel agents at paper size, {'TF32' if precision == '32' else precision}"
+            report_pixels("paper/alix_cheetah_run", 84, title, **extent, precision=precision)
         report_forward_backward("paper/fb_humanoid", "fb_aware", "FB-AWARE at paper size, TF32", **extent)
 
 
