@@ -38,10 +38,10 @@ class OnlineDataModule(EnvironmentDataModule):
         environment, protocols: see `EnvironmentDataModule`.
         replay_folder: where the replay buffer's files lie.
         collector: ``sync`` collects between updates, in this process. ``async`` collects beside them, in a process of
-            its own with a copy of the policy that is one collection old. Its environments begin new episodes when a
-            run resumes, and when a batch arrives depends on the machine: such runs lose nothing, but can't be repeated
-            exactly. ``ray`` collects in `workers` processes of a Ray cluster, a local one if there is no other, while
-            the learner waits; the same holds for its runs. Needs the extra `distributed`.
+            its own with a copy of the policy that is one collection old, or newer. Its environments begin new episodes
+            when a run resumes, and when a batch arrives depends on the machine: such runs lose nothing, but can't be
+            repeated exactly. ``ray`` collects in `workers` processes of a Ray cluster, a local one if there is no
+            other, while the learner waits; the same holds for its runs. Needs the extra `distributed`.
         workers: processes of ``ray``.
         num_envs: environments stepped together, over all processes.
         steps_per_collection: steps of each between two looks at the new policy.

@@ -182,9 +182,10 @@ def test_other_processes_collect_with_the_newest_policy_or_that_of_one_collectio
     actions = data.replay._steps.data["action"][: data.replay.written, :, 0]
     assert (actions[:10].std(0) > 0.3).all()  # random at first
     acted = actions[10:].mean(1)
-    torch.testing.assert_close(acted[::2], acted[1::2])
-    assert ((acted[::2] * 10).round() * 0.1 - acted[::2]).abs().max() < 1e-6
-    assert 0 <= acted[0] <= acted[-1] <= 0.4  # what the learner knew by then, or one collection before
+    assert ((acted * 10).round() * 0.1 - acted).abs().max() < 1e-6
+    # What the learner knew by then, or one collection before; new weights may arrive between two steps of a collection.
+    assert (acted.diff() > -1e-6).all()
+    assert 0 <= acted[0] <= acted[-1] <= 0.4
     assert acted[-1] >= 0.1
     stored = data.replay._steps.data[: data.replay.written]
     assert not torch.equal(stored["observation"][:, 0], stored["observation"][:, 1])  # episodes of their own
