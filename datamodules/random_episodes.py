@@ -22,6 +22,8 @@ from datamodules.sampling import Stacks, batch_generator
 
 TARGETS = ("sarsa", "monte_carlo")
 
+_latest: dict[str, TensorDict] = {}  # the arms of a study follow one another in one process, on the same episodes
+
 
 class RandomEpisodesDataModule(EnvironmentDataModule):
     """Batches from episodes of uniformly random actions, some of which are held out; nothing else is ever collected.
@@ -69,8 +71,13 @@ class RandomEpisodesDataModule(EnvironmentDataModule):
 
     def setup(self, stage: str) -> None:
         if self._episodes is None:
-            env = self._make_env(num_envs=self.training_episodes + self.held_out_episodes, seed=self.seed)
-            self._episodes = random_episodes(env, torch.Generator().manual_seed(self.seed), self.discount)
+            episodes = self.training_episodes + self.held_out_episodes
+            key = repr((self._make_env, episodes, self.seed, self.discount))
+            if key not in _latest:
+                env = self._make_env(num_envs=episodes, seed=self.seed)
+                _latest.clear()
+                _latest[key] = random_episodes(env, torch.Generator().manual_seed(self.seed), self.discount)
+            self._episodes = _latest[key]
 
     @cached_property
     def training(self) -> ReplayBuffer:
@@ -115,10 +122,10 @@ class RandomEpisodesDataModule(EnvironmentDataModule):
         return self.test_dataloader()
 
     def test_dataloader(self) -> EvaluationTasks:
-        tasks = []
+        tasks, kind = [], TransitionsTask if self.targets == "sarsa" else SupervisedTask
         for name, replay in (("held_out", self.held_out), ("training", self.training)):
             generator = torch.Generator().manual_seed(self.evaluation_seed)
-            tasks.append(TransitionsTask(name, self.sample(replay, (self.scored,), generator)))
+            tasks.append(kind(name, self.sample(replay, (self.scored,), generator)))
         return EvaluationTasks(tasks)
 
     def probe(self, count: int) -> TensorDict:
@@ -143,6 +150,13 @@ class TransitionsTask:
 
     def metrics(self, result: TensorDictBase) -> dict[str, list[float]]:
         return {f"{self.name}/{key}": [value.item()] for key, value in result.items()}
+
+
+class SupervisedTask(TransitionsTask):
+    """The same for targets that do not bootstrap: their loss alone, under another name, for its scale is another."""
+
+    def metrics(self, result: TensorDictBase) -> dict[str, list[float]]:
+        return {f"{self.name}/supervised_loss": [result["td_loss"].item()]}
 
 
 def random_episodes(env: MeasuredEnv, generator: torch.Generator, discount: float) -> TensorDict:

@@ -60,6 +60,22 @@ def test_data_and_batches_are_functions_of_the_seed():
     assert (first.probe(5) == second.probe(5)).all()
 
 
+def test_episodes_are_collected_once_for_the_arms_of_a_seed(monkeypatch):
+    first = made(seed=3)
+    monkeypatch.setattr("datamodules.random_episodes.random_episodes", lambda *_: pytest.fail("collected again"))
+    again = made(seed=3, targets="monte_carlo")
+    assert again._episodes is first._episodes
+    for other in ({"seed": 4}, {"seed": 3, "discount": 0.5}, {"seed": 3, "training_episodes": 3}):
+        with pytest.raises(pytest.fail.Exception, match="collected again"):
+            made(**other)
+
+
+def test_the_control_has_a_loss_of_its_own_name():
+    held_out, _ = made(targets="monte_carlo").val_dataloader()
+    result = {"td_loss": torch.tensor(0.5), "q_std": torch.tensor(1.0)}
+    assert held_out.metrics(result) == {"held_out/supervised_loss": [0.5]}
+
+
 def test_control_regresses_on_standardised_returns_and_ends_there():
     data, sarsa = made(targets="monte_carlo"), made()
     batch = data.sample(data.training, (2000,), torch.Generator().manual_seed(1))
