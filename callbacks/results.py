@@ -49,6 +49,8 @@ class RewardCurves(L.Callback):
 
     @rank_zero_only
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not self._curves:
+            return
         from matplotlib.figure import Figure
 
         columns = min(4, len(self._curves))
@@ -103,6 +105,8 @@ class Films(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        if not batch.rewards:
+            return
         camera = batch.camera(self.size) if self._can_film else None
         self._can_film = camera is not None  # a machine that can't is asked, and reports it, once
         if camera is not None:

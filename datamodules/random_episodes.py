@@ -3,8 +3,9 @@
 Dimensions: E episodes, T steps of each, B batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class RandomEpisodesDataModule(EnvironmentDataModule):
         n_step: steps of the returns; of no consequence with ``monte_carlo``.
         discount: of rewards.
         scored: transitions that scores are computed from, of each kind.
+        protocols: what a policy made of these data is evaluated on, see `EnvironmentDataModule`; nothing by default.
         settings: further arguments of `EnvironmentDataModule`.
     """
 
@@ -53,9 +55,10 @@ class RandomEpisodesDataModule(EnvironmentDataModule):
         n_step: int = 3,
         discount: float = 0.99,
         scored: int = 125,
+        protocols: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
         **settings: Any,
     ) -> None:
-        super().__init__(environment, {}, **settings)
+        super().__init__(environment, protocols, **settings)
         check_counts(
             training_episodes=training_episodes, held_out_episodes=held_out_episodes, n_step=n_step, scored=scored
         )
@@ -119,21 +122,25 @@ class RandomEpisodesDataModule(EnvironmentDataModule):
         )
 
     def val_dataloader(self) -> EvaluationTasks:
-        return self.test_dataloader()
+        return self._tasks(self.curve_episodes)
 
     def test_dataloader(self) -> EvaluationTasks:
+        return self._tasks(self.episodes)
+
+    def _tasks(self, episodes: int) -> EvaluationTasks:
+        """The critics' fit of stored transitions, then a task for each protocol."""
         tasks, kind = [], TransitionsTask if self.targets == "sarsa" else SupervisedTask
         for name, replay in (("held_out", self.held_out), ("training", self.training)):
             generator = torch.Generator().manual_seed(self.evaluation_seed)
             tasks.append(kind(name, self.sample(replay, (self.scored,), generator)))
-        return EvaluationTasks(tasks)
+        return EvaluationTasks([*tasks, *self.evaluation_tasks(episodes)])
 
     def probe(self, count: int) -> TensorDict:
         """Training transitions [count] to look at, always the same."""
         return self.sample(self.training, (count,), torch.Generator().manual_seed(self.evaluation_seed))
 
     def references(self) -> dict[str, dict[str, list[float]]]:
-        return {}
+        return super().references() if self.protocols else {}
 
 
 class TransitionsTask:
@@ -143,6 +150,8 @@ class TransitionsTask:
         name: of the metrics, as in ``held_out/q_std``.
         transitions: what the method's `update` would be given.
     """
+
+    rewards: tuple[str, ...] = ()  # nothing is rolled out, and there is nothing to film
 
     def __init__(self, name: str, transitions: TensorDict) -> None:
         self.name = name

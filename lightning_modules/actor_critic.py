@@ -49,6 +49,9 @@ class ActorCritic(LearningMethod):
         actor_every: updates of the critics for one of actor and temperature.
         pessimism_every: updates of the critics for one of a learned pessimism.
         targets_every: updates of the critics for one of the target networks.
+        policy_evaluation_updates: where critics learn the value of given actions (SARSA), so many updates are of all
+            but the actor (policy evaluation), and those after them of the actor alone, with critics and encoder frozen
+            and in evaluation mode (policy improvement). 0 for both at once.
         target_actor: bootstrap from a Polyak average of the actor (TD3).
         actor_max_norm: the actor's gradient is clipped to this global norm; None leaves it.
         value_limit: stop the run when the mean Q of training batches exceeds this in size: the critics diverge.
@@ -81,6 +84,7 @@ class ActorCritic(LearningMethod):
         actor_every: int = 1,
         pessimism_every: int = 1,
         targets_every: int = 1,
+        policy_evaluation_updates: int = 0,
         target_actor: bool = False,
         actor_max_norm: float | None = None,
         value_limit: float = 1e6,
@@ -108,6 +112,8 @@ class ActorCritic(LearningMethod):
                 f"temperature={temperature}: expected a component, with its _target_, or null; where an experiment "
                 "sets parts of what a module has none of, as td3 of a temperature, add module.temperature=null."
             )
+        if policy_evaluation_updates < 0:
+            raise ValueError(f"policy_evaluation_updates={policy_evaluation_updates}: expected 0 or more.")
         if not 0.0 <= discount <= 1.0:
             raise ValueError(f"discount={discount}: expected a number from 0 to 1.")
         self.encoder = encoder(observation_shape)
@@ -124,6 +130,7 @@ class ActorCritic(LearningMethod):
         self.actor_every = actor_every
         self.pessimism_every = pessimism_every
         self.targets_every = targets_every
+        self.policy_evaluation_updates = policy_evaluation_updates
         self.actor_max_norm = actor_max_norm
         self.value_limit = value_limit
 
@@ -155,23 +162,39 @@ class ActorCritic(LearningMethod):
 
     def schedule(self) -> dict[str, bool]:
         """Actor, pessimism and targets are due with the last of every so many updates of the critics."""
-        due = {"actor": self.actor_every, "pessimism": self.pessimism_every, "targets": self.targets_every}
-        return {name: (self.updates + 1) % every == 0 for name, every in due.items()}
+        every = {
+            "critic": 1,
+            "actor": self.actor_every,
+            "pessimism": self.pessimism_every,
+            "targets": self.targets_every,
+        }
+        due = {name: (self.updates + 1) % updates == 0 for name, updates in every.items()}
+        if self.policy_evaluation_updates:
+            improving = self.updates >= self.policy_evaluation_updates
+            due = {name: now and (name == "actor") == improving for name, now in due.items()}
+        return due
 
-    def update(self, batch: TensorDict, actor: bool = True, pessimism: bool = True, targets: bool = True) -> TensorDict:
+    def update(
+        self, batch: TensorDict, critic: bool = True, actor: bool = True, pessimism: bool = True, targets: bool = True
+    ) -> TensorDict:
         """Critics, then pessimism, then actor and temperature, then targets, in the order of published code.
 
         Args:
             batch: [B] with observation [B, O], action [B, A], and next observation, reward [B, 1], terminated [B, 1];
                 for n-step returns `reward` is their sum and `steps_to_next_obs` [B, 1] says n. With a next action
                 [B, A] the critics learn its value (SARSA) instead of the actor's.
-            actor, pessimism, targets: which parts are due, see `schedule`.
+            critic, actor, pessimism, targets: which parts are due, see `schedule`.
         """
-        features = self.encoder(batch["observation"])
-        loss, errors, metrics = self.critic_loss(features, batch["action"], self.target(batch))
-        self.minimise(loss, self.critic_optimizer)
-        self.encoder.stepped()
-        metrics |= self.encoder.scores()
+        metrics: dict[str, Tensor] = {}
+        if critic:
+            features = self.encoder(batch["observation"])
+            loss, errors, metrics = self.critic_loss(features, batch["action"], self.target(batch))
+            self.minimise(loss, self.critic_optimizer)
+            self.encoder.stepped()
+            metrics |= self.encoder.scores()
+        else:
+            with torch.no_grad(), evaluating(self.encoder):
+                features = self.encoder(batch["observation"])
         if pessimism and self.pessimism_optimizer is not None:
             self.minimise(self.pessimism.loss(errors), self.pessimism_optimizer)
             self.pessimism.stepped()

@@ -70,6 +70,15 @@ def test_episodes_are_collected_once_for_the_arms_of_a_seed(monkeypatch):
             made(**other)
 
 
+def test_policies_made_of_the_data_are_evaluated_where_protocols_say():
+    data = made(protocols={"default_reset": {"rewards": ["reward"]}}, episodes=3, curve_episodes=2)
+    assert [len(loader()) for loader in (made().test_dataloader, data.test_dataloader)] == [2, 3]
+    assert (list(data.val_dataloader())[-1].episodes, list(data.test_dataloader())[-1].episodes) == (2, 3)
+    (returns,) = data.references()["random policy"].values()
+    assert len(returns) == 3
+    assert made().references() == {}
+
+
 def test_the_control_has_a_loss_of_its_own_name():
     held_out, _ = made(targets="monte_carlo").val_dataloader()
     result = {"td_loss": torch.tensor(0.5), "q_std": torch.tensor(1.0)}

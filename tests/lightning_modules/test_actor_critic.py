@@ -328,6 +328,7 @@ def test_rules_that_would_broadcast_are_named(monkeypatch, transitions, use, sha
         ({"actor_learning_rate": -0.1}, "actor_learning_rate=-0.1: expected a learning rate of 0 or more"),
         ({"temperature": {"initial": 0.1}}, r"temperature=.*initial.*: expected a component"),
         ({"discount": 1.5}, "discount=1.5: expected a number from 0 to 1"),
+        ({"policy_evaluation_updates": -1}, "policy_evaluation_updates=-1: expected 0 or more"),
     ],
 )
 def test_settings_that_make_no_sense_are_named(settings, message):
@@ -351,6 +352,20 @@ def test_actor_pessimism_and_targets_wait_for_their_turn(transitions):
     assert ["pessimism" in names for names in moved] == [False, False, True, False, False, True]
     assert ["target_critic" in names for names in moved] == [False] * 5 + [True]
     assert all("critic" in names for names in moved)
+
+
+def test_policies_are_evaluated_and_then_improved_against_frozen_critics(transitions):
+    made = agent(pessimism=DualPessimism(), members=3, policy_evaluation_updates=2)
+    moved = []
+    for _ in range(4):
+        before = copy.deepcopy(made.state_dict())
+        metrics = made.run_update(transitions(32))
+        made.updates += 1
+        after = made.state_dict()
+        moved.append({n.split(".")[0] for n in after if not torch.equal(after[n], before[n])})
+        assert ("critic_loss" in metrics) == ("actor_loss" not in metrics)
+    assert moved[0] == moved[1] == {"critic", "target_critic", "pessimism"}
+    assert moved[2] == moved[3] == {"actor", "temperature"}
 
 
 def test_compiled_updates_are_the_eager_ones(transitions):

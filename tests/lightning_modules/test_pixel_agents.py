@@ -198,6 +198,23 @@ def test_compiled_updates_are_the_eager_ones(transitions):
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
 
 
+def test_policies_are_improved_on_features_without_mixing_and_shifts(batch):
+    """The actor's gradient is that of features in evaluation mode; encoder and strength stay as they are."""
+    made = agent(partial(SignalMixing, initial=1.0), RandomShift(2), policy_evaluation_updates=1)
+    made.updates = 1
+    twin = copy.deepcopy(made)
+    torch.manual_seed(1)
+    made.run_update(batch)
+    torch.manual_seed(1)
+    twin.encoder.eval()
+    loss, _ = twin.actor_loss(twin.encoder(batch["observation"]).detach())
+    expected = torch.autograd.grad(loss, list(twin.actor.parameters()))
+    for parameter, gradient in zip(made.actor.parameters(), expected):
+        torch.testing.assert_close(parameter.grad, gradient)
+    assert torch.equal(weights(made.encoder), weights(twin.encoder))
+    assert made.encoder.training
+
+
 def test_updates_in_half_precision_follow_those_in_full(transitions):
     found = []
     for half in (False, True):
