@@ -1,7 +1,7 @@
 """Score, draw and film a checkpoint, for the tasks of its experiment or for a reward of your own.
 
     python evaluate.py ckpt_path=PATH [reward=EXPRESSION] [protocol=NAME] [episodes=10] [seconds=10, of the films]
-                       [trust=PACKAGE,...]
+                       [threads=N] [trust=PACKAGE,...]
 
 PATH is a checkpoint, a run's folder, or `last`. EXPRESSION is written over the environment's named quantities, such as
 "head_height < 1.25 and torso_upright > 0.9" or "tolerance(left_hand_height, 1.5, inf, 0.3)"; a wrong name lists them
@@ -14,6 +14,7 @@ import time
 from typing import Any
 
 import lightning as L
+import torch
 
 from callbacks.results import Films, Results, RewardCurves
 from launch.errors import CommandLineError, run_reporting_errors
@@ -28,6 +29,7 @@ DEFAULTS = {
     "protocol": None,  # one of the experiment's ways to start episodes; None takes all
     "episodes": 10,
     "seconds": 10.0,  # length of the films
+    "threads": 0,  # of PyTorch; 0 leaves the number to it
     "trust": None,  # packages outside of the project that may be called on the checkpoint's word, by commas
     "output_root": "outputs",
 }
@@ -67,6 +69,8 @@ def main() -> None:
         return
     given = parse(sys.argv[1:])
     quieten()
+    if given["threads"]:
+        torch.set_num_threads(given["threads"])
     path = find_checkpoint(given["ckpt_path"], given["output_root"])
     module, datamodule, recipe = rebuild(path, tuple(given["trust"].split(",")) if given["trust"] else ())
     datamodule.choose_tasks(given["protocol"], given["reward"])

@@ -25,7 +25,7 @@ def effective_rank(features: Tensor, share: float = 0.99) -> Tensor:
     return ((values.cumsum(0) / values.sum()) <= share).sum() + 1
 
 
-def jacobian_norm(function: Callable[[Tensor], Tensor], inputs: Tensor, probes: int = 8) -> Tensor:
+def jacobian_norm(function: Callable[[Tensor], Tensor], inputs: Tensor, probes: int = 2) -> Tensor:
     """Root mean square over samples of the Frobenius norm of d function / d input, [N, ...] -> [N, F].
 
     An unbiased estimate of the squares: the mean of |J^T v|^2 for normal v, drawn `probes` times for each sample.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from components.checks import vector_size
+from components.checks import check_counts, vector_size
 from components.ensemble import RELU_GAIN
 from components.signal_mixing import SignalMixing
 
@@ -97,6 +97,13 @@ class PixelEncoder(Encoder):
         super().__init__()
         if len(observation_shape) != 3 or observation_shape[1] != observation_shape[2]:
             raise ValueError(f"observation_shape={list(observation_shape)}: expected square pictures, [C, H, H].")
+        check_counts(channels=channels)
+        if not strides or min(strides) < 1:
+            raise ValueError(f"strides={list(strides)}: expected one of 1 or more for each convolution.")
+        # Of a map with less than three rows there is no roughness to measure.
+        least = smallest_picture(strides, of=1 if mixing is None else 3)
+        if observation_shape[1] < least:
+            raise ValueError(f"observation_shape={list(observation_shape)}: expected at least {least} pixels a side.")
         in_channels, size = observation_shape[:2]
         self.convolutions = nn.ModuleList()
         for stride in strides:
@@ -105,11 +112,6 @@ class PixelEncoder(Encoder):
             nn.init.zeros_(convolution.bias)
             self.convolutions.append(convolution)
             in_channels, size = channels, (size - 3) // stride + 1
-            if size < 1:
-                least = smallest_picture(strides)
-                raise ValueError(
-                    f"observation_shape={list(observation_shape)}: expected at least {least} pixels a side."
-                )
         self.convolutions.to(memory_format=torch.channels_last)
         self.feature_shape = (channels, size, size)
         self.features = math.prod(self.feature_shape)
@@ -141,9 +143,9 @@ class PixelEncoder(Encoder):
         return {} if self.mixing is None else self.mixing.scores()
 
 
-def smallest_picture(strides: Sequence[int]) -> int:
-    """Pixels a side of the smallest pictures that 3x3 convolutions with these strides leave something of."""
-    size = 1
+def smallest_picture(strides: Sequence[int], of: int = 1) -> int:
+    """Pixels a side of the smallest pictures of which 3x3 convolutions with these strides leave maps of a size."""
+    size = of
     for stride in reversed(strides):
         size = (size - 1) * stride + 3
     return size

@@ -24,15 +24,15 @@ def translate(z: Tensor, delta: Tensor) -> Tensor:
     matrix product is, which `grid_sample` on a GPU is not, and with channels last it needs no copy.
 
     Args:
-        z: [B, C, H, H].
+        z: [B, C, H, W].
         delta: (x, y) in pixels, [B, 2], or [1, 2] for all alike.
 
     Returns:
-        [B, C, H, H], channels last.
+        [B, C, H, W], channels last.
     """
     batch, channels, height, width = z.shape
-    assert height == width
-    columns, rows = (_interpolation(height, shift) for shift in delta.float().unbind(1))
+    x, y = delta.float().unbind(1)
+    columns, rows = _interpolation(width, x).to(z.dtype), _interpolation(height, y).to(z.dtype)
     x = z.permute(0, 2, 3, 1)
     x = torch.matmul(rows, x.reshape(batch, height, width * channels))
     if len(columns) == 1:
@@ -63,12 +63,12 @@ class LocalSignalMixing(nn.Module):
     def __init__(self, pad: float = 2.0, shared_across_batch: bool = True) -> None:
         super().__init__()
         if pad < 0:
-            raise ValueError(f"pad={pad}: expected 0 or more pixels.")
+            raise ValueError(f"pad={pad}: expected 0 or more pixels for signal mixing.")
         self.pad = pad
         self.shared_across_batch = shared_across_batch
 
     def forward(self, z: Tensor, strength: Tensor | float, delta: Tensor | None = None) -> Tensor:
-        """[B, C, H, H] -> [B, C, H, H].
+        """[B, C, H, W] -> [B, C, H, W].
 
         Args:
             strength: in [0, 1]; no gradient flows to it.
@@ -221,7 +221,7 @@ class SignalMixing(nn.Module):
         self.duals = nn.ModuleList(DualStrength(**dual) for _ in self.measured)
 
     def forward(self, z: Tensor, block: int) -> Tensor:
-        """[B, C, H, H] -> [B, C, H, H], what leaves block number `block`."""
+        """[B, C, H, W] -> [B, C, H, W], what leaves block number `block`."""
         if block in self.blocks:
             tuned_by = self.duals[self.measured.index(block) if len(self.duals) > 1 else 0]
             z = self.layer(z, tuned_by.value())
@@ -237,9 +237,17 @@ class SignalMixing(nn.Module):
             dual.stepped()
 
     def scores(self) -> dict[str, Tensor]:
-        """The ND score behind the last block (its mean over about a hundred updates), and the strengths in use."""
+        """The ND score behind the last block (its mean over about a hundred updates), and the strengths in use.
+
+        Where each block has its own strength, its score stands beside it.
+        """
         scores = {"nd_score": self.duals[-1].mean_score.clone()}
-        if self.blocks:
-            names = [f"_{block}" for block in self.measured] if len(self.duals) > 1 else [""]
-            scores |= {f"mixing_strength{name}": dual.value().clone() for name, dual in zip(names, self.duals)}
+        if len(self.duals) > 1:
+            for block, dual in zip(self.measured, self.duals):
+                scores |= {
+                    f"nd_score_{block}": dual.mean_score.clone(),
+                    f"mixing_strength_{block}": dual.value().clone(),
+                }
+        elif self.blocks:
+            scores["mixing_strength"] = self.duals[0].value().clone()
         return scores

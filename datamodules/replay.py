@@ -3,6 +3,7 @@
 Dimensions: R places of a ring, N environments, n steps of a return, S pictures of an observation.
 """
 
+import json
 import math
 from pathlib import Path
 
@@ -102,10 +103,12 @@ class Ring:
 
         Raises:
             FileNotFoundError: there are no files.
-            ValueError: they hold rows of another shape.
+            ValueError: they are damaged, or hold rows of another shape.
         """
         if not (self.folder / "steps").is_dir():
             raise FileNotFoundError(f"{self.folder}: expected the replay data of the checkpoint, found none.")
+        for part in ("steps", "numbers"):
+            _check_files(self.folder / part)
         self._files = TensorDict.load_memmap(self.folder / "steps")
         self._numbers = TensorDict.load_memmap(self.folder / "numbers")[_NUMBER]
         self._make_room()
@@ -368,6 +371,22 @@ class ReplayBuffer:
                 row = row.view(place.numel(), -1, *row.shape[2:])
             rows[key] = row.unflatten(0, place.shape)
         return TensorDict(rows, batch_size=start.shape, device=self.device)
+
+
+def _check_files(folder: Path) -> None:
+    """Raise a ValueError if a file below is not whole: mapping one that was cut short fills it up with zeros."""
+    for description in sorted(folder.rglob("meta.json")):
+        try:
+            entries = json.loads(description.read_text())
+        except ValueError:
+            raise ValueError(f"{description}: expected a description of replay data, found a damaged file.") from None
+        for name, entry in entries.items():
+            if isinstance(entry, dict) and "dtype" in entry:
+                file = description.with_name(f"{name}.memmap")
+                itemsize = getattr(torch, entry["dtype"].removeprefix("torch.")).itemsize
+                expected, found = math.prod(entry["shape"]) * itemsize, file.stat().st_size if file.exists() else 0
+                if found != expected:
+                    raise ValueError(f"{file}: expected {expected} bytes of replay data, found {found}.")
 
 
 def _text(layout: tuple[torch.Size, torch.dtype] | None) -> str:

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ PICTURES = {
 }
 
 
-def write_report(config: DictConfig, runs: Sequence[Any], folder: Path) -> None:
-    """Summarise the runs of an experiment in its folder.
+def write_report(config: DictConfig, overrides: Sequence[str], runs: Sequence[Any], folder: Path) -> None:
+    """Summarise the runs of an experiment, which `overrides` composed, in its folder.
 
     A metric's mean, standard error and count are over seeds, each seed being the mean of its episodes; with one seed
     they are over its episodes.
@@ -40,7 +41,7 @@ def write_report(config: DictConfig, runs: Sequence[Any], folder: Path) -> None:
     }
     write_json(folder / "results.json", summary)
     curves = _plot_curves(config, runs, arms, folder)
-    write_text(folder / "report.md", _markdown(config, summary, runs, curves, folder))
+    write_text(folder / "report.md", _markdown(config, overrides, summary, runs, curves, folder))
 
 
 def metrics_table(path: Path) -> str:
@@ -61,12 +62,18 @@ def _summary(seeds: Sequence[Sequence[float]]) -> dict[str, float]:
 
 
 def _markdown(
-    config: DictConfig, summary: Mapping[str, Any], runs: Sequence[Any], curves: str | None, folder: Path
+    config: DictConfig,
+    overrides: Sequence[str],
+    summary: Mapping[str, Any],
+    runs: Sequence[Any],
+    curves: str | None,
+    folder: Path,
 ) -> str:
     arms = summary["arms"]
     metrics = list(dict.fromkeys(metric for arm in arms.values() for metric in arm))
     several = len(summary["seeds"]) > 1
-    lines = [f"# {config.name}", "", config.summary, ""]
+    command = shlex.join(["python", "train.py", *overrides])
+    lines = [f"# {config.name}", "", config.summary, "", "```bash", command, "```", ""]
     lines += [f"Seeds {summary['seeds']}; mean ± standard error over {'seeds' if several else 'episodes'}.", ""]
     lines += [f"| | {' | '.join(arms)} |", f"|---|{'---:|' * len(arms)}"]
     for metric in metrics:
@@ -75,7 +82,7 @@ def _markdown(
     lines.append("")
     for note in config.notes:
         lines += [note, ""]
-    lines += [f"Training took {_times(runs)}.", ""]
+    lines += [f"Training and evaluation took {_times(runs)}.", ""]
     if curves:
         lines += [f"![learning curves]({curves})", ""]
     for name, what in PICTURES.items():
@@ -142,7 +149,8 @@ def _plot_curves(
         for index, (arm, metrics) in enumerate((a, m) for a, m in arms.items() if a not in trained and metric in m):
             axis.axhline(metrics[metric]["mean"], color="0.4", linestyle=("--", ":", "-.")[index % 3], label=arm)
         axis.set_title(metric.removesuffix("/return"), fontsize=9)
-        axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
+        if metric.endswith("/return"):
+            axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=7)
         axis.set_xlabel(clock.replace("env_", "environment "), fontsize=7)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from logging import WARNING, getLogger
+from logging import ERROR, WARNING, getLogger
 from pathlib import Path
 
 import lightning as L
@@ -73,7 +73,7 @@ def _run_study(folder: Path, overrides: list[str]) -> None:
     for run in runs:
         check_values(configs[run])
     pending = [run for run in runs if not _finished(run, configs[run])]
-    announce(config, runs, pending, folder)
+    announce(config, overrides, runs, pending, folder)
     try:
         for run in pending:
             own = started_from is not None and run.folder in started_from.parents
@@ -84,7 +84,7 @@ def _run_study(folder: Path, overrides: list[str]) -> None:
     except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns Ctrl-C into the latter
         message = f"Stopped. Go on with: python train.py experiment={config.name} ckpt_path={folder}"
         raise Stopped(message, 143 if isinstance(stop, SIGTERMException) else 130) from None
-    _finish(config, runs, folder)
+    _finish(config, overrides, runs, folder)
 
 
 def build(
@@ -148,8 +148,8 @@ def _check(checkpoint: Path, module: L.LightningModule) -> int:
 
 def run_config(run: Run, overrides: list[str]) -> DictConfig:
     """The configuration of one arm with one seed: the experiment's, then the arm's overrides, then the user's."""
-    arms = compose("train", overrides).arms
-    config = compose("train", [*(arms[run.arm] if arms else []), *overrides, f"seed={run.seed}"])
+    arms = _arms(compose("train", overrides))
+    config = compose("train", [*arms[run.arm], *overrides, f"seed={run.seed}"])
     config.run_dir = str(run.folder)
     config.arm = run.arm
     return config
@@ -159,6 +159,7 @@ def quieten() -> None:
     """Silence messages that a user can do nothing about."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         getLogger(name).setLevel(WARNING)
+    getLogger("torch.utils.cpp_extension").setLevel(ERROR)  # compiling for the CPU, it misses CUDA
     os.environ.setdefault("TENSORDICT_QUIET", "1")
     warnings.filterwarnings("ignore", module="lightning.*")
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -184,8 +185,12 @@ def _overrides(folder: Path, given: list[str]) -> list[str]:
 
 @rank_zero_only
 def _remember(folder: Path, overrides: list[str]) -> None:
-    kept = [override for override in overrides if _key(override) != "ckpt_path"]
-    write_text(folder / RUN_FILE, OmegaConf.to_yaml(OmegaConf.create({"overrides": kept})))
+    write_text(folder / RUN_FILE, OmegaConf.to_yaml(OmegaConf.create({"overrides": _kept(overrides)})))
+
+
+def _kept(overrides: list[str]) -> list[str]:
+    """Those that make a run what it is."""
+    return [override for override in overrides if _key(override) != "ckpt_path"]
 
 
 def _key(override: str) -> str:
@@ -197,9 +202,15 @@ def _finished(run: Run, config: DictConfig) -> bool:
     return run.results.exists() and json.loads(run.results.read_text())["updates"] >= config.module.updates
 
 
+def _arms(config: DictConfig) -> dict[str, list[str]]:
+    """Every arm's overrides, without arms that are null; without any, the experiment itself is the only one."""
+    arms = {name: list(overrides) for name, overrides in (config.arms or {}).items() if overrides is not None}
+    return arms or {config.name: []}
+
+
 def _runs(config: DictConfig, folder: Path) -> Iterator[Run]:
     for seed in range(config.seed, config.seed + config.num_seeds):
-        for arm in config.arms or {config.name: []}:
+        for arm in _arms(config):
             yield Run(arm, seed, folder / arm / f"seed_{seed}")
 
 
@@ -215,18 +226,22 @@ def _checkpoint_argument(config: DictConfig, runs: list[Run]) -> Path | None:
     return path
 
 
-def announce(config: DictConfig, runs: list[Run], pending: list[Run], folder: Path) -> None:
-    """One line on what is about to happen and how long it should take."""
+def announce(config: DictConfig, overrides: list[str], runs: list[Run], pending: list[Run], folder: Path) -> None:
+    """One line on what is about to happen and how long it should take, and one on what makes arms less different."""
     arms, seeds = len({run.arm for run in runs}), len({run.seed for run in runs})
     done = f", {len(runs) - len(pending)} of {len(runs)} runs done already" if len(pending) < len(runs) else ""
     _say(
         f"{config.name}: {config.summary} {arms} arm{'s' * (arms > 1)}, {seeds} seed{'s' * (seeds > 1)}{done}; "
         f"{config.duration}. Writing to {folder}"
     )
+    for override in overrides:
+        replaced = [arm for arm, own in _arms(config).items() if _key(override) in map(_key, own)]
+        if replaced:
+            _say(f"{override} holds for all arms, also for {', '.join(replaced)}, which had their own.")
 
 
 @rank_zero_only
-def _finish(config: DictConfig, runs: list[Run], folder: Path) -> None:
-    write_report(config, runs, folder)
+def _finish(config: DictConfig, overrides: list[str], runs: list[Run], folder: Path) -> None:
+    write_report(config, _kept(overrides), runs, folder)
     print((folder / "report.md").read_text())
     print(folder)

@@ -15,12 +15,17 @@ def check_values(config: DictConfig, key: str = "") -> None:
     """Compare the plain arguments below every `_target_` with their annotations, before anything is built.
 
     Raises:
-        ValueError: a number, text or flag has another type than the parameter it is given to, or a target is not there.
+        ValueError: a number, text or flag has another type than the parameter it is given to, a target is not there, or
+            does not take what it is given.
     """
     target = config.get("_target_")
-    parameters = dict(_parameters(_target(target, key))) if target else {}
+    called = _target(target, key) if target else None
+    parameters = dict(_parameters(called)) if target else {}
     for name, value in config.items():
         path = f"{key}.{name}" if key else str(name)
+        if target and not str(name).startswith("_") and name not in parameters and not _takes_anything(called):
+            known = ", ".join(parameters) or "nothing"
+            raise ValueError(f"{path}: expected what {target.split('.')[-1]} takes ({known}), found {name}.")
         if isinstance(value, DictConfig):
             check_values(value, path)
         elif name in parameters and not _fits(value, parameters[name]):
@@ -47,6 +52,14 @@ def _parameters(called: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
         except (TypeError, ValueError, NameError):  # not written in Python, or annotated for type checkers only
             continue
         yield from ((parameter.name, parameter.annotation) for parameter in parameters)
+
+
+def _takes_anything(called: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(called).parameters.values()
+    except (TypeError, ValueError):  # not written in Python
+        return True
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def _kinds(annotation: Any) -> tuple[Any, ...]:

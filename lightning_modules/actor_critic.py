@@ -57,7 +57,7 @@ class ActorCritic(LearningMethod):
         value_limit: stop the run when the mean Q of training batches exceeds this in size: the critics diverge.
     """
 
-    progress_bar_metrics = ("episode_return", "q_mean", "critic_loss")
+    progress_bar_metrics = ("episode_return", "q_mean", "critic_loss", "nd_score", "mixing_strength")
 
     def __init__(
         self,

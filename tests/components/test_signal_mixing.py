@@ -51,17 +51,25 @@ def test_translation_is_border_clamped_bilinear_sampling(size, tolerance, rows):
 
 def test_translation_by_brute_force():
     """The formula read aloud: the four pixels around the clamped place, weighted by nearness."""
-    z, (x, y) = maps(1, 1, 5, 5)[0, 0], (1.7, -0.4)
+    z, (x, y) = maps(1, 1, 5, 4)[0, 0], (1.7, -0.4)
     moved = translate(z[None, None], torch.tensor([[x, y]]))[0, 0]
     for i in range(5):
-        for j in range(5):
-            row, column = min(max(i + y, 0), 4), min(max(j + x, 0), 4)
+        for j in range(4):
+            row, column = min(max(i + y, 0), 4), min(max(j + x, 0), 3)
             value = sum(
                 max(0, 1 - abs(row - r)) * max(0, 1 - abs(column - c)) * z[r, c].item()
                 for r in range(5)
-                for c in range(5)
+                for c in range(4)
             )
             assert moved[i, j].item() == pytest.approx(value, abs=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.bfloat16, 0.05)])
+def test_maps_keep_their_precision(dtype, tolerance):
+    z, delta = maps(2, 3, 9, 9), deltas(2)
+    moved = translate(z.to(dtype), delta)
+    assert moved.dtype == dtype
+    torch.testing.assert_close(moved.float(), translate(z, delta), atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("rows", [1, 4])
@@ -295,7 +303,12 @@ def test_untied_blocks_have_strengths_and_scores_of_their_own():
     with torch.no_grad():
         mixing.duals[1].strength.zero_()
     assert moved_blocks(mixing) == [1, 3, 4]
-    assert sorted(mixing.scores()) == [*(f"mixing_strength_{block}" for block in range(1, 5)), "nd_score"]
+    assert sorted(mixing.scores()) == [
+        *(f"mixing_strength_{block}" for block in range(1, 5)),
+        "nd_score",
+        *(f"nd_score_{block}" for block in range(1, 5)),
+    ]
+    assert mixing.scores()["nd_score"] == mixing.scores()["nd_score_4"]
 
 
 @pytest.mark.parametrize(

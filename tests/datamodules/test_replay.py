@@ -118,6 +118,31 @@ def test_overwritten_window_is_refused(tmp_path):
         ReplayBuffer(EXAMPLE, 3 * 10, margin=4, folder=tmp_path).restore(37)
 
 
+@pytest.mark.parametrize("name", ["steps/observation.memmap", "steps/next/reward.memmap", "numbers/step.memmap"])
+def test_files_that_were_cut_short_are_refused_and_left_alone(tmp_path, storage, name):
+    buffer = ReplayBuffer(EXAMPLE, 3 * 10, margin=4, folder=tmp_path, storage=storage)
+    buffer.extend(steps(0, 5))
+    buffer.commit()
+    file = tmp_path / name
+    whole = file.read_bytes()
+    for size in (0, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=rf"{name}: expected {len(whole)} bytes of replay data, found {size}"):
+            ReplayBuffer(EXAMPLE, 3 * 10, margin=4, folder=tmp_path, storage=storage).restore(5)
+        assert file.stat().st_size == size
+    file.write_bytes(whole)
+    ReplayBuffer(EXAMPLE, 3 * 10, margin=4, folder=tmp_path, storage=storage).restore(5)
+
+
+def test_a_damaged_description_is_named(tmp_path):
+    buffer = ReplayBuffer(EXAMPLE, 30, 4, tmp_path)
+    buffer.extend(steps(0, 5))
+    buffer.commit()
+    (tmp_path / "steps" / "meta.json").write_text('{"observation": ')
+    with pytest.raises(ValueError, match=r"steps/meta.json: expected a description of replay data, found a damaged"):
+        ReplayBuffer(EXAMPLE, 30, 4, tmp_path).restore(5)
+
+
 def test_missing_and_foreign_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected the replay data of the checkpoint, found none"):
         ReplayBuffer(EXAMPLE, 30, 4, tmp_path).restore(5)

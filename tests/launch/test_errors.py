@@ -47,6 +47,7 @@ def test_wrong_command_lines(program, arguments, parts):
         (["module.discount=high"], 1, ["module.discount=high: expected a number"]),
         (["datamodule.batch_size=0.5"], 1, ["datamodule.batch_size=0.5: expected a whole number"]),
         (["+module.zip=3"], 2, ["module: ", "unexpected keyword argument 'zip'"]),
+        (["mixing=alix"], 2, ["module: ", "unexpected keyword argument 'encoder'"]),
         (["module.updates=122"], 1, ["updates=122 is no multiple of updates_per_step=5"]),
         (
             ["datamodule.protocols.goals.rewards=[top]"],
@@ -70,6 +71,12 @@ def test_wrong_command_lines(program, arguments, parts):
 def test_wrong_settings_leave_no_folder_behind(program, one_arm, tmp_path, arguments, code, parts):
     assert_one_sentence(program(*one_arm, f"output_root={tmp_path}", *arguments), code, *parts)
     assert not list(tmp_path.rglob("*.*"))
+
+
+def test_settings_that_nothing_takes_are_named(program, tmp_path):
+    finished = program("experiment=gpl_cheetah", "mixing=alix", f"output_root={tmp_path}")
+    expected = "module.encoder.mixing: expected what FlatObservations takes (observation_shape), found mixing"
+    assert_one_sentence(finished, 1, expected)
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,19 @@ def test_every_run_of_a_sweep_has_a_folder_of_its_own(program, one_arm, tmp_path
     assert "ckpt_path=last: expected without -m" in refused.err
 
 
+def test_arms_that_are_null_are_left_out_and_what_overrides_arms_is_said(program, tiny, tmp_path):
+    nulls = ("arms.fb_narrow=null", "arms.fb_full=null", "arms.fb_aw_full=null")
+    override = "datamodule.dataset.coverage=full"
+    finished = program(*tiny, *nulls, override, f"output_root={tmp_path}", "module.updates=5")
+    assert finished.code == 0, finished.err
+    assert f"{override} holds for all arms, also for fb_aw_narrow, which had their own." in finished.out
+    assert finished.out.count("holds for all arms") == 1
+    assert [path.name for path in finished.folder.iterdir() if path.is_dir()] == ["fb_aw_narrow"]
+    command = (finished.folder / "report.md").read_text().split("```bash\n")[1].split("\n```")[0]
+    assert command.startswith("python train.py experiment=fb_overdrive ")
+    assert command.endswith(f"arms.fb_aw_full=null {override} output_root={tmp_path} module.updates=5")
+
+
 WANDB = """
 import os, sys
 from pathlib import Path
