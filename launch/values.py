@@ -21,10 +21,11 @@ def check_values(config: DictConfig, key: str = "") -> None:
     target = config.get("_target_")
     called = _target(target, key) if target else None
     parameters = dict(_parameters(called)) if target else {}
+    taken = _arguments(called) if target else None
     for name, value in config.items():
         path = f"{key}.{name}" if key else str(name)
-        if target and not str(name).startswith("_") and name not in parameters and not _takes_anything(called):
-            known = ", ".join(parameters) or "nothing"
+        if taken is not None and name not in taken and not str(name).startswith("_"):
+            known = ", ".join(taken) or "nothing"
             raise ValueError(f"{path}: expected what {target.split('.')[-1]} takes ({known}), found {name}.")
         if isinstance(value, DictConfig):
             check_values(value, path)
@@ -54,12 +55,14 @@ def _parameters(called: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
         yield from ((parameter.name, parameter.annotation) for parameter in parameters)
 
 
-def _takes_anything(called: Callable[..., Any]) -> bool:
+def _arguments(called: Callable[..., Any]) -> list[str] | None:
+    """Names of what can be given; None if that can be anything, or can't be known."""
     try:
-        parameters = inspect.signature(called).parameters.values()
+        parameters = inspect.signature(called).parameters
     except (TypeError, ValueError):  # not written in Python
-        return True
-    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        return None
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return None if anything else list(parameters)
 
 
 def _kinds(annotation: Any) -> tuple[Any, ...]:
