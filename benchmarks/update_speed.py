@@ -277,7 +277,7 @@ def main() -> None:
         **extent,
     )
     small = {**extent, "updates": min(arguments.updates, 10)}
-    report_pixels("alix_cheetah", 48, "Pixel agents as in alix_cheetah", **small)
+    report_pixels("alix_cartpole", 48, "Pixel agents as in alix_cartpole", **small)
     report_forward_backward("fb_humanoid", "fb_aware", "FB-AWARE as in fb_humanoid", **extent)
     report_forward_backward("fb_humanoid", "fb", "FB as in fb_humanoid", **extent)
     if device.type == "cuda":

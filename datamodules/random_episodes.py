@@ -23,7 +23,9 @@ from datamodules.sampling import Stacks, batch_generator
 
 TARGETS = ("sarsa", "monte_carlo")
 
-_latest: dict[str, TensorDict] = {}  # the arms of a study follow one another in one process, on the same episodes
+_latest: dict[
+    str, tuple[TensorDict, Any]
+] = {}  # the arms of a study follow one another in one process, on the same episodes
 
 
 class RandomEpisodesDataModule(EnvironmentDataModule):
@@ -70,17 +72,18 @@ class RandomEpisodesDataModule(EnvironmentDataModule):
         self.n_step = n_step
         self.discount = discount
         self.scored = scored
-        self._episodes: TensorDictBase | None = None
+        self._score_fit = True
 
-    def setup(self, stage: str) -> None:
-        if self._episodes is None:
-            episodes = self.training_episodes + self.held_out_episodes
-            key = repr((self._make_env, episodes, self.seed, self.discount))
-            if key not in _latest:
-                env = self._make_env(num_envs=episodes, seed=self.seed)
-                _latest.clear()
-                _latest[key] = random_episodes(env, torch.Generator().manual_seed(self.seed), self.discount)
-            self._episodes = _latest[key]
+    @cached_property
+    def _episodes(self) -> TensorDictBase:
+        count = self.training_episodes + self.held_out_episodes
+        key = repr((self._make_env, count, self.seed, self.discount))
+        if key not in _latest:
+            _latest.clear()
+            env = self._make_env(num_envs=count, seed=self.seed)
+            episodes = random_episodes(env, torch.Generator().manual_seed(self.seed), self.discount)
+            _latest[key] = episodes, self._make_env  # kept, so that no other gets its address, which may be in the key
+        return _latest[key][0]
 
     @cached_property
     def training(self) -> ReplayBuffer:
@@ -121,6 +124,16 @@ class RandomEpisodesDataModule(EnvironmentDataModule):
             stop,
         )
 
+    def choose_tasks(self, protocol: str | None = None, reward: str | None = None) -> None:
+        if (protocol or reward) is not None:
+            if not self.protocols:
+                asked = f"protocol={protocol}" if protocol is not None else f"reward={reward}"
+                raise ValueError(
+                    f"{asked}: expected an experiment that rolls out a policy, found one of critics alone."
+                )
+            self._score_fit = False
+        super().choose_tasks(protocol, reward)
+
     def val_dataloader(self) -> EvaluationTasks:
         return self._tasks(self.curve_episodes)
 
@@ -130,7 +143,8 @@ class RandomEpisodesDataModule(EnvironmentDataModule):
     def _tasks(self, episodes: int) -> EvaluationTasks:
         """The critics' fit of stored transitions, then a task for each protocol."""
         tasks, kind = [], TransitionsTask if self.targets == "sarsa" else SupervisedTask
-        for name, replay in (("held_out", self.held_out), ("training", self.training)):
+        for name in ("held_out", "training") if self._score_fit else ():
+            replay = getattr(self, name)
             generator = torch.Generator().manual_seed(self.evaluation_seed)
             tasks.append(kind(name, self.sample(replay, (self.scored,), generator)))
         return EvaluationTasks([*tasks, *self.evaluation_tasks(episodes)])

@@ -5,6 +5,7 @@ Dimensions: R places of a ring, N environments, n steps of a return, S pictures 
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -107,8 +108,8 @@ class Ring:
         """
         if not (self.folder / "steps").is_dir():
             raise FileNotFoundError(f"{self.folder}: expected the replay data of the checkpoint, found none.")
-        for part in ("steps", "numbers"):
-            _check_files(self.folder / part)
+        _check_files(self.folder / "steps", self._layout.keys(True, True))
+        _check_files(self.folder / "numbers", [_NUMBER])
         self._files = TensorDict.load_memmap(self.folder / "steps")
         self._numbers = TensorDict.load_memmap(self.folder / "numbers")[_NUMBER]
         self._make_room()
@@ -373,20 +374,25 @@ class ReplayBuffer:
         return TensorDict(rows, batch_size=start.shape, device=self.device)
 
 
-def _check_files(folder: Path) -> None:
-    """Raise a ValueError if a file below is not whole: mapping one that was cut short fills it up with zeros."""
-    for description in sorted(folder.rglob("meta.json")):
+def _check_files(folder: Path, keys: Iterable[str | tuple[str, ...]]) -> None:
+    """Raise a ValueError if a file is not whole: mapping one that was cut short fills it up with zeros."""
+    for key in keys:
+        *parents, name = (key,) if isinstance(key, str) else key
+        description = folder.joinpath(*parents, "meta.json")
         try:
-            entries = json.loads(description.read_text())
-        except ValueError:
-            raise ValueError(f"{description}: expected a description of replay data, found a damaged file.") from None
-        for name, entry in entries.items():
-            if isinstance(entry, dict) and "dtype" in entry:
-                file = description.with_name(f"{name}.memmap")
-                itemsize = getattr(torch, entry["dtype"].removeprefix("torch.")).itemsize
-                expected, found = math.prod(entry["shape"]) * itemsize, file.stat().st_size if file.exists() else 0
-                if found != expected:
-                    raise ValueError(f"{file}: expected {expected} bytes of replay data, found {found}.")
+            entry = json.loads(description.read_text()).get(name)
+            if entry is None:  # data of another kind
+                continue
+            itemsize = getattr(torch, entry["dtype"].removeprefix("torch.")).itemsize
+            expected = math.prod(entry["shape"]) * itemsize
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(
+                f"{description}: expected a description of replay data, found none that is whole."
+            ) from None
+        file = description.with_name(f"{name}.memmap")
+        found = file.stat().st_size if file.exists() else 0
+        if found != expected:
+            raise ValueError(f"{file}: expected {expected} bytes of replay data, found {found}.")
 
 
 def _text(layout: tuple[torch.Size, torch.dtype] | None) -> str:

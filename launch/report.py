@@ -29,7 +29,8 @@ def write_report(config: DictConfig, overrides: Sequence[str], runs: Sequence[An
     arms: dict[str, dict[str, dict[str, float]]] = {}
     for arm in dict.fromkeys(run.arm for run in runs):
         seeds = [results[run]["metrics"] for run in runs if run.arm == arm]
-        arms[arm] = {metric: _summary([seed[metric] for seed in seeds]) for metric in seeds[0]}
+        metrics = dict.fromkeys(metric for seed in seeds for metric in seed)
+        arms[arm] = {metric: _summary([seed[metric] for seed in seeds if metric in seed]) for metric in metrics}
     if (folder / REFERENCES).exists():
         for arm, metrics in json.loads((folder / REFERENCES).read_text()).items():
             arms[arm] = {metric: _summary([values]) for metric, values in metrics.items()}

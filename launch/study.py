@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
@@ -179,8 +180,9 @@ def _overrides(folder: Path, given: list[str]) -> list[str]:
         raise ValueError(f"ckpt_path: expected a run of {asked[0]}, found one of {began[0]} in {folder}.")
     # The same override given again replaces its former value: a deletion or an addition can't be made twice.
     keys = {_key(override) for override in given}
-    overrides = [*(override for override in remembered if _key(override) not in keys), *given]
-    return overrides
+    kept = [override for override in remembered if _key(override) not in keys]
+    # What had to be added then may have a place of its own by now.
+    return [*(f"+{override}" if re.match(r"\+[^+]", override) else override for override in kept), *given]
 
 
 @rank_zero_only
@@ -234,8 +236,8 @@ def announce(config: DictConfig, overrides: list[str], runs: list[Run], pending:
         f"{config.name}: {config.summary} {arms} arm{'s' * (arms > 1)}, {seeds} seed{'s' * (seeds > 1)}{done}; "
         f"{config.duration}. Writing to {folder}"
     )
-    for override in overrides:
-        replaced = [arm for arm, own in _arms(config).items() if _key(override) in map(_key, own)]
+    for key, override in {_key(override): override for override in overrides}.items():
+        replaced = [arm for arm, own in _arms(config).items() if any(_key(o) == key and o != override for o in own)]
         if replaced:
             _say(f"{override} holds for all arms, also for {', '.join(replaced)}, which had their own.")
 

@@ -57,10 +57,13 @@ def _parameters(called: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
 
 def _arguments(called: Callable[..., Any]) -> list[str] | None:
     """Names of what can be given; None if that can be anything, or can't be known."""
+    # The metaclass of TorchRL's environments hides what their constructors take.
+    hidden = inspect.isclass(called) and type(called).__call__ is not type.__call__
     try:
-        parameters = inspect.signature(called).parameters
+        parameters = dict(inspect.signature(called.__init__ if hidden else called).parameters)
     except (TypeError, ValueError):  # not written in Python
         return None
+    parameters.pop("self", None)
     anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return None if anything else list(parameters)
 

@@ -169,10 +169,9 @@ class ActorCritic(LearningMethod):
             "targets": self.targets_every,
         }
         due = {name: (self.updates + 1) % updates == 0 for name, updates in every.items()}
-        if self.policy_evaluation_updates:
-            improving = self.updates >= self.policy_evaluation_updates
-            due = {name: now and (name == "actor") == improving for name, now in due.items()}
-        return due
+        if 0 < self.policy_evaluation_updates <= self.updates:
+            return {name: name == "actor" for name in due}
+        return due if not self.policy_evaluation_updates else {**due, "actor": False}
 
     def update(
         self, batch: TensorDict, critic: bool = True, actor: bool = True, pessimism: bool = True, targets: bool = True
@@ -183,7 +182,7 @@ class ActorCritic(LearningMethod):
             batch: [B] with observation [B, O], action [B, A], and next observation, reward [B, 1], terminated [B, 1];
                 for n-step returns `reward` is their sum and `steps_to_next_obs` [B, 1] says n. With a next action
                 [B, A] the critics learn its value (SARSA) instead of the actor's.
-            critic, actor, pessimism, targets: which parts are due, see `schedule`.
+            critic, actor, pessimism, targets: which parts are due, see `schedule`; pessimism only with the critics.
         """
         metrics: dict[str, Tensor] = {}
         if critic:
@@ -192,13 +191,13 @@ class ActorCritic(LearningMethod):
             self.minimise(loss, self.critic_optimizer)
             self.encoder.stepped()
             metrics |= self.encoder.scores()
+            if pessimism and self.pessimism_optimizer is not None:
+                self.minimise(self.pessimism.loss(errors), self.pessimism_optimizer)
+                self.pessimism.stepped()
+                metrics |= self.pessimism.scores()
         else:
             with torch.no_grad(), evaluating(self.encoder):
                 features = self.encoder(batch["observation"])
-        if pessimism and self.pessimism_optimizer is not None:
-            self.minimise(self.pessimism.loss(errors), self.pessimism_optimizer)
-            self.pessimism.stepped()
-            metrics |= self.pessimism.scores()
         if actor:
             loss, log_prob = self.actor_loss(features.detach())
             self.minimise(loss, self.actor_optimizer, self.actor_max_norm)

@@ -13,10 +13,9 @@ ENVIRONMENT = partial(PixelControlEnv, "cartpole", "balance", size=24, episode_l
 
 def made(**settings) -> RandomEpisodesDataModule:
     defaults = {"batch_size": 8, "updates_per_step": 2, "evaluate_every": 10, "training_episodes": 2, "scored": 20}
-    data = RandomEpisodesDataModule(ENVIRONMENT, **{**defaults, **settings})
+    data = RandomEpisodesDataModule(**{"environment": ENVIRONMENT, **defaults, **settings})
     learner = SimpleNamespace(device=torch.device("cpu"), updates=4, total_updates=30)
     data.trainer = SimpleNamespace(lightning_module=learner)
-    data.setup("fit")
     return data
 
 
@@ -61,13 +60,16 @@ def test_data_and_batches_are_functions_of_the_seed():
 
 
 def test_episodes_are_collected_once_for_the_arms_of_a_seed(monkeypatch):
-    first = made(seed=3)
-    monkeypatch.setattr("datamodules.random_episodes.random_episodes", lambda *_: pytest.fail("collected again"))
-    again = made(seed=3, targets="monte_carlo")
-    assert again._episodes is first._episodes
-    for other in ({"seed": 4}, {"seed": 3, "discount": 0.5}, {"seed": 3, "training_episodes": 3}):
-        with pytest.raises(pytest.fail.Exception, match="collected again"):
-            made(**other)
+    collected = []
+    monkeypatch.setattr("datamodules.random_episodes.random_episodes", lambda *_: collected.append(1) or object())
+    shorter = partial(ENVIRONMENT, episode_length=20)
+    for other in ({"seed": 4}, {"discount": 0.5}, {"training_episodes": 3}, {"environment": shorter}):
+        first = made(seed=3)._episodes
+        count = len(collected)
+        assert made(seed=3, targets="monte_carlo")._episodes is first
+        assert len(collected) == count
+        assert made(**{"seed": 3, **other})._episodes is not first
+        assert len(collected) == count + 1
 
 
 def test_policies_made_of_the_data_are_evaluated_where_protocols_say():
@@ -77,6 +79,10 @@ def test_policies_made_of_the_data_are_evaluated_where_protocols_say():
     (returns,) = data.references()["random policy"].values()
     assert len(returns) == 3
     assert made().references() == {}
+    data.choose_tasks("default_reset", "2 * reward")
+    assert [task.name for task in data.test_dataloader()] == ["default_reset"]
+    with pytest.raises(ValueError, match="reward=reward: expected an experiment that rolls out a policy, found one of"):
+        made().choose_tasks(reward="reward")
 
 
 def test_the_control_has_a_loss_of_its_own_name():

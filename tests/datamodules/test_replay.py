@@ -134,12 +134,16 @@ def test_files_that_were_cut_short_are_refused_and_left_alone(tmp_path, storage,
     ReplayBuffer(EXAMPLE, 3 * 10, margin=4, folder=tmp_path, storage=storage).restore(5)
 
 
-def test_a_damaged_description_is_named(tmp_path):
+@pytest.mark.parametrize("name", ["steps/meta.json", "steps/next/meta.json", "numbers/meta.json"])
+@pytest.mark.parametrize("text", [None, '{"observation": ', "[]", '{"observation": {}, "reward": {}, "step": {}}'])
+def test_a_damaged_description_is_named(tmp_path, name, text):
     buffer = ReplayBuffer(EXAMPLE, 30, 4, tmp_path)
     buffer.extend(steps(0, 5))
     buffer.commit()
-    (tmp_path / "steps" / "meta.json").write_text('{"observation": ')
-    with pytest.raises(ValueError, match=r"steps/meta.json: expected a description of replay data, found a damaged"):
+    (tmp_path / name).unlink()
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{name}: expected a description of replay data, found none that is whole"):
         ReplayBuffer(EXAMPLE, 30, 4, tmp_path).restore(5)
 
 

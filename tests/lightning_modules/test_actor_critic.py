@@ -355,7 +355,7 @@ def test_actor_pessimism_and_targets_wait_for_their_turn(transitions):
 
 
 def test_policies_are_evaluated_and_then_improved_against_frozen_critics(transitions):
-    made = agent(pessimism=DualPessimism(), members=3, policy_evaluation_updates=2)
+    made = agent(pessimism=DualPessimism(), members=3, actor_every=2, policy_evaluation_updates=2)
     moved = []
     for _ in range(4):
         before = copy.deepcopy(made.state_dict())
