@@ -53,7 +53,7 @@ class PixelControlEnv(MeasuredEnv):
             where there is no GPU.
         supersampling: pictures are drawn so many times as wide and high, and averaged, so that what is thinner than a
             pixel leaves a trace of where it is; in software cheaper than multisampling.
-        render_workers: threads that simulate and draw; all available cores if None.
+        render_workers: threads that simulate side by side, and draw one after the other; all available cores if None.
         seed: of the generator that every episode start is drawn from.
     """
 

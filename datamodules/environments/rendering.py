@@ -1,7 +1,11 @@
-"""Pictures of MuJoCo simulations, by several threads at once.
+"""Pictures of MuJoCo simulations, in threads that simulate side by side and draw one after the other.
 
-MuJoCo releases Python's lock while it draws, so threads do what would otherwise take processes. A graphics context
+MuJoCo releases Python's lock while it simulates, so threads do what would otherwise take processes. A graphics context
 belongs to the thread that made it: contexts are kept for each thread, and serve all environments of the same model.
+
+Only one thread of a process is in the graphics library at a time. Mesa's software renderer, whenever pixels are read,
+walks lists of all contexts of the process, which other threads may be changing: once in some ten thousand pictures that
+ended the process with a segmentation fault (version 22.3, `lp_setup_is_resource_referenced`).
 """
 
 import atexit
@@ -54,7 +58,8 @@ def draw(view: View, physics: Any) -> np.ndarray:
     kept = _own.__dict__.setdefault("contexts", {})
     if view not in kept:
         try:
-            kept[view] = _Context(view, physics.model.ptr)
+            with _graphics_lock(os.getpid()):
+                kept[view] = _Context(view, physics.model.ptr)
         except ValueError:
             raise
         except Exception as error:  # every graphics library fails with an exception of its own
@@ -68,6 +73,11 @@ def draw(view: View, physics: Any) -> np.ndarray:
 @functools.cache  # of this process: threads do not survive a fork
 def _threads(process: int, workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers, thread_name_prefix="drawing")
+
+
+@functools.cache  # likewise: a fork may come while it is held
+def _graphics_lock(process: int) -> threading.Lock:
+    return threading.Lock()
 
 
 def drawing_threads(workers: int) -> ThreadPoolExecutor:
@@ -117,9 +127,10 @@ class _Context:
             _own.current = self
 
     def draw(self, model: mujoco.MjModel, data: mujoco.MjData) -> np.ndarray:
-        self._make_current()
         everything = mujoco.mjtCatBit.mjCAT_ALL
         mujoco.mjv_updateScene(model, data, self._options, None, self._camera, everything, self._scene)
-        mujoco.mjr_render(self._rectangle, self._scene, self._context)
-        mujoco.mjr_readPixels(self._pixels, None, self._rectangle, self._context)
+        with _graphics_lock(os.getpid()):
+            self._make_current()
+            mujoco.mjr_render(self._rectangle, self._scene, self._context)
+            mujoco.mjr_readPixels(self._pixels, None, self._rectangle, self._context)
         return self._pixels[::-1].copy()

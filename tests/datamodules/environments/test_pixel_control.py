@@ -1,6 +1,9 @@
 import subprocess
 import sys
+import threading
+import time
 
+import mujoco
 import numpy as np
 import pytest
 import torch
@@ -203,3 +206,24 @@ def test_a_program_that_drew_ends_without_a_word():
     )
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+def test_threads_simulate_side_by_side_but_draw_one_after_the_other(monkeypatch):
+    """Two of them in Mesa's software renderer end the process sooner or later."""
+    inside, most, names = [], [], set()
+    render = mujoco.mjr_render
+
+    def slow(*arguments):
+        inside.append(1)
+        most.append(len(inside))
+        names.add(threading.current_thread().name)
+        time.sleep(0.01)
+        render(*arguments)
+        inside.pop()
+
+    monkeypatch.setattr(mujoco, "mjr_render", slow)
+    env = PixelControlEnv("cartpole", "balance", 6, size=16, render_workers=3)
+    env.step(env.reset().set("action", torch.zeros(6, 1)))
+    assert len(names) > 1
+    assert len(most) == 12
+    assert set(most) == {1}
