@@ -29,7 +29,3 @@ def _choose_graphics() -> None:
 
 
 _choose_graphics()
-
-# Mesa's software renderer starts threads of its own, which only get in each other's way where several pictures are
-# drawn at once.
-os.environ.setdefault("LP_NUM_THREADS", "0")
