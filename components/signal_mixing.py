@@ -31,8 +31,8 @@ def translate(z: Tensor, delta: Tensor) -> Tensor:
         [B, C, H, W], channels last.
     """
     batch, channels, height, width = z.shape
-    x, y = delta.float().unbind(1)
-    columns, rows = _interpolation(width, x).to(z.dtype), _interpolation(height, y).to(z.dtype)
+    shifts = zip((width, height), delta.float().unbind(1))
+    columns, rows = (_interpolation(size, shift).to(z.dtype) for size, shift in shifts)
     x = z.permute(0, 2, 3, 1)
     x = torch.matmul(rows, x.reshape(batch, height, width * channels))
     if len(columns) == 1:

@@ -23,9 +23,8 @@ from datamodules.sampling import Stacks, batch_generator
 
 TARGETS = ("sarsa", "monte_carlo")
 
-_latest: dict[
-    str, tuple[TensorDict, Any]
-] = {}  # the arms of a study follow one another in one process, on the same episodes
+# The arms of a study follow one another in one process, on the same episodes.
+_latest: dict[str, tuple[TensorDict, Any]] = {}
 
 
 class RandomEpisodesDataModule(EnvironmentDataModule):
