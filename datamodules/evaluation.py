@@ -11,7 +11,8 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.envs.utils import step_mdp
 
-from datamodules.environments.measured import MeasuredEnv, RenderingUnavailable
+from datamodules.environments.measured import MeasuredEnv
+from datamodules.pixels import RenderingUnavailable
 
 Policy = Callable[[TensorDictBase], TensorDictBase]
 

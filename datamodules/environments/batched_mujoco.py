@@ -16,9 +16,10 @@ from torchrl.data import Unbounded
 
 from components.checks import check_counts
 from datamodules.environments.domains import DOMAINS, MAX_PICTURE, Snapshot, Start
-from datamodules.environments.measured import MeasuredEnv, RenderingUnavailable
+from datamodules.environments.measured import MeasuredEnv
 from datamodules.environments.simulation import BatchSimulation
 from datamodules.environments.tasks import TASKS
+from datamodules.pixels import RenderingUnavailable
 
 
 class BatchedMujocoEnv(MeasuredEnv):

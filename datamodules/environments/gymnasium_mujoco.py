@@ -16,8 +16,9 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from datamodules.environments.measured import MeasuredEnv, RenderingUnavailable
+from datamodules.environments.measured import MeasuredEnv
 from datamodules.evaluation import EvaluationTask
+from datamodules.pixels import RenderingUnavailable
 from datamodules.readers import d4rl_normalized_score
 
 # Version 4 keeps the rewards and models that D4RL's files were recorded with, on today's MuJoCo. Version 5 pays the

@@ -16,10 +16,6 @@ from torchrl.envs import EnvBase
 from components.rewards import RewardExpression
 
 
-class RenderingUnavailable(ValueError):
-    """No graphics library works here; whoever can do without pictures skips them."""
-
-
 class MeasuredEnv(EnvBase):
     """A batch of environments that report their physics state and named measurements of it at every step.
 

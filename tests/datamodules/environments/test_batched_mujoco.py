@@ -9,9 +9,9 @@ from torchrl.collectors import Collector
 from torchrl.envs.utils import check_env_specs, step_mdp
 
 from datamodules.environments.batched_mujoco import BatchedMujocoEnv
-from datamodules.environments.measured import RenderingUnavailable
 from datamodules.environments.simulation import BatchSimulation
 from datamodules.environments.tasks import TASKS
+from datamodules.pixels import RenderingUnavailable
 
 suite = pytest.importorskip("dm_control.suite")  # after ours, which sets the graphics library for it
 

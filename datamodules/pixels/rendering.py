@@ -1,18 +1,15 @@
-"""Pictures of MuJoCo simulations, in threads that simulate side by side and draw one after the other.
+"""Pictures of MuJoCo simulations.
 
-MuJoCo releases Python's lock while it simulates, so threads do what would otherwise take processes. A graphics context
-belongs to the thread that made it: contexts are kept for each thread, and serve all environments of the same model.
+A graphics context belongs to the thread that made it: contexts are kept for each thread, and serve all simulations of
+the same model.
 
-Only one thread of a process is in the graphics library at a time. Mesa's software renderer, whenever pixels are read,
-walks lists of all contexts of the process, which other threads may be changing: once in some ten thousand pictures that
-ended the process with a segmentation fault (version 22.3, `lp_setup_is_resource_referenced`).
+Only one thread of a process may draw. Mesa's software renderer, whenever pixels are read, walks lists of all contexts
+of the process, which other threads may be changing: once in some ten thousand pictures that ended the process with a
+segmentation fault (version 22.3, `lp_setup_is_resource_referenced`). `workers` sees to it.
 """
 
 import atexit
-import functools
-import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +17,7 @@ import mujoco
 import numpy as np
 from mujoco.rendering.classic import gl_context  # mujoco.GLContext keeps the library chosen when it was first imported
 
-from datamodules.environments.measured import RenderingUnavailable
+from datamodules.pixels import RenderingUnavailable
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ _own = threading.local()  # of each thread: its contexts by view, and the one th
 
 
 def draw(view: View, physics: Any) -> np.ndarray:
-    """A picture [height, width, 3], uint8; only to be called in a thread of `drawing_threads`.
+    """A picture [height, width, 3], uint8.
 
     Args:
         view: of what, from where.
@@ -58,8 +55,7 @@ def draw(view: View, physics: Any) -> np.ndarray:
     kept = _own.__dict__.setdefault("contexts", {})
     if view not in kept:
         try:
-            with _graphics_lock(os.getpid()):
-                kept[view] = _Context(view, physics.model.ptr)
+            kept[view] = _Context(view, physics.model.ptr)
         except ValueError:
             raise
         except Exception as error:  # every graphics library fails with an exception of its own
@@ -68,21 +64,6 @@ def draw(view: View, physics: Any) -> np.ndarray:
                 f" or OSMesa and MUJOCO_GL=osmesa ({error})"
             ) from error
     return kept[view].draw(physics.model.ptr, physics.data.ptr)
-
-
-@functools.cache  # of this process: threads do not survive a fork
-def _threads(process: int, workers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(workers, thread_name_prefix="drawing")
-
-
-@functools.cache  # likewise: a fork may come while it is held
-def _graphics_lock(process: int) -> threading.Lock:
-    return threading.Lock()
-
-
-def drawing_threads(workers: int) -> ThreadPoolExecutor:
-    """So many threads to draw in, the same for all environments of this process."""
-    return _threads(os.getpid(), workers)
 
 
 class _Context:
@@ -129,8 +110,7 @@ class _Context:
     def draw(self, model: mujoco.MjModel, data: mujoco.MjData) -> np.ndarray:
         everything = mujoco.mjtCatBit.mjCAT_ALL
         mujoco.mjv_updateScene(model, data, self._options, None, self._camera, everything, self._scene)
-        with _graphics_lock(os.getpid()):
-            self._make_current()
-            mujoco.mjr_render(self._rectangle, self._scene, self._context)
-            mujoco.mjr_readPixels(self._pixels, None, self._rectangle, self._context)
+        self._make_current()
+        mujoco.mjr_render(self._rectangle, self._scene, self._context)
+        mujoco.mjr_readPixels(self._pixels, None, self._rectangle, self._context)
         return self._pixels[::-1].copy()
