@@ -33,13 +33,26 @@ def own_rows(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def average_(tensors: Sequence[Tensor]) -> None:
-    """Average tensors over processes, in place, as one flat message."""
-    size = world_size()
-    if size == 1:
+def sum_(tensors: Sequence[Tensor]) -> None:
+    """Sum tensors over processes, in place, as one flat message."""
+    if world_size() == 1:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
-    flat /= size
     parts = flat.split([tensor.numel() for tensor in tensors])
     torch._foreach_copy_(list(tensors), [part.view_as(tensor) for part, tensor in zip(parts, tensors)])
+
+
+@torch.no_grad()
+def average_(tensors: Sequence[Tensor]) -> None:
+    """Average tensors over processes, in place, as one flat message."""
+    sum_(tensors)
+    if world_size() > 1:
+        torch._foreach_div_(list(tensors), world_size())
+
+
+@torch.no_grad()
+def broadcast_(tensor: Tensor) -> None:
+    """Give all processes the tensor of the first, in place."""
+    if world_size() > 1:
+        dist.broadcast(tensor, src=0)
