@@ -199,10 +199,13 @@ class BitsBackCoder:
 
 
 def block_sizes(count: int, most: int) -> Iterator[int]:
-    """Sizes of the blocks that `count` samples are coded in: a third of what was coded before, from 1 to `most`."""
+    """Sizes of the blocks that `count` samples are coded in: an eighth of what was coded before, from 1 to `most`.
+
+    What a block pops is thus there, as long as a sample's latents have less than eight times its net length.
+    """
     done = 0
     while done < count:
-        size = min(most, max(1, done // 3), count - done)
+        size = min(most, max(1, done // 8), count - done)
         yield size
         done += size
 
