@@ -10,6 +10,7 @@ from launch.experiments import experiment_list
 from launch.runs import run_folder
 
 OmegaConf.register_new_resolver("experiment_list", experiment_list)
+OmegaConf.register_new_resolver("sum", lambda numbers: sum(numbers.values() if hasattr(numbers, "values") else numbers))
 OmegaConf.register_new_resolver("run_folder", run_folder, use_cache=True)  # names the time: one for the whole program
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional
 from torch import Tensor
 
 
@@ -25,6 +26,13 @@ def gather_rows(x: Tensor) -> Tensor:
     gathered = x.new_empty(size * x.shape[0], *x.shape[1:])
     dist.all_gather_into_tensor(gathered, x)
     return gathered
+
+
+def gather_with_gradient(x: Tensor) -> Tensor:
+    """As `gather_rows`; gradients of all processes' losses reach the rows' own process, where they are summed."""
+    if world_size() == 1:
+        return x
+    return torch.cat(dist.nn.functional.all_gather(x))
 
 
 def own_rows(x: Tensor) -> Tensor:

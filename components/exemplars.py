@@ -1,6 +1,6 @@
 """Exemplars of classes that were learned before, at an exact number of bytes.
 
-Dimensions: n images, C channels, H height and width, F features.
+Dimensions: n images, C channels, H height and width.
 """
 
 import io
@@ -8,13 +8,13 @@ import itertools
 import struct
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from components.image_codec import ImageCodec
 
@@ -54,6 +54,13 @@ class ImageStore(ABC):
     def charged(self, file: bytes, payload: int) -> int:
         """Bytes that a memory's file, of which so many are payload, counts."""
         return len(file)
+
+    def to(self, device: torch.device | str) -> None:  # noqa: B027 - most stores have no networks
+        """Let networks run on a device."""
+
+    def model_bytes(self) -> dict[str, int]:
+        """Of the models that ``reading`` takes, and of ``all`` that it takes to go on."""
+        return {"reading": 0, "all": 0}
 
 
 class RawStore(ImageStore):
@@ -108,6 +115,15 @@ class CodeStore(ImageStore):
         self._static = codec.stream("static")
         self.fallbacks = 0
 
+    def to(self, device: torch.device | str) -> None:
+        self.codec.to(device)
+
+    def model_bytes(self) -> dict[str, int]:
+        bytes_of = self.codec.model_bytes()
+        stream = {1: 0, 2: bytes_of["frequencies"], 3: bytes_of["code_model"]}[self.kind]
+        reading = bytes_of["decode_path"] + stream
+        return {"reading": reading, "all": reading + bytes_of["encoder"]}
+
     def shrink(self, images: Tensor) -> Tensor:
         return self.codec.encode(images)
 
@@ -132,6 +148,20 @@ class CodeStore(ImageStore):
 
     def restore(self, items: Tensor) -> Tensor:
         return self.codec.decode(items)
+
+
+def stored_codes(
+    image_shape: Sequence[int], codec: Callable[..., ImageCodec], weights: str, stream: str = "bits_back"
+) -> CodeStore:
+    """A `CodeStore` by a codec of trained weights.
+
+    Args:
+        image_shape: (C, H, H).
+        codec: makes it, called with `image_shape`.
+        weights: the file that `ImageCodec.save` wrote.
+        stream: how codes are written.
+    """
+    return CodeStore(codec(image_shape=image_shape).load(weights), stream)
 
 
 class PillowStore(ImageStore):
@@ -333,21 +363,3 @@ class ExemplarMemory:
         self.items = [items[begin:end] for begin, end in itertools.pairwise(bounds)]
         self.file = file
         self.bytes = self.store.charged(file, len(payload)) if file else 0
-
-
-def herding(features: Tensor) -> Tensor:
-    """An order [n] of rows in which the mean of the first ones follows that of all (iCaRL, arXiv 1611.07725).
-
-    Args:
-        features: [n, F], normalised here.
-    """
-    features = nn.functional.normalize(features.double(), dim=1)
-    target, total = features.mean(0), torch.zeros_like(features[0])
-    order, left = [], torch.ones(len(features), dtype=torch.bool, device=features.device)
-    for count in range(1, len(features) + 1):
-        distance = (target - (total + features) / count).norm(dim=1).masked_fill(~left, float("inf"))
-        chosen = int(distance.argmin())
-        order.append(chosen)
-        left[chosen] = False
-        total = total + features[chosen]
-    return torch.tensor(order)

@@ -25,8 +25,8 @@ _CHUNK = 500
 class ImageCodec(nn.Module):
     """An autoencoder of discrete codes, a latent-variable model of them, and their frequencies by place.
 
-    Once frozen it stays in evaluation mode whatever `train()` is called with: codes of moving codebooks would decode to
-    something else tomorrow.
+    Once frozen it stays in evaluation mode whatever `train()` is called with: a codebook that moves would decode stored
+    codes to something else.
 
     Args:
         image_shape: (C, H, H).
@@ -48,20 +48,28 @@ class ImageCodec(nn.Module):
         self.block = block
         uniform = torch.full((self.autoencoder.symbols, self.autoencoder.codes), 1 / self.autoencoder.codes)
         self.register_buffer("frequencies", uniform.double())
-        self.frozen = False
+        self.frozen = self.frozen_autoencoder = False
 
     def freeze(self) -> "ImageCodec":
         self.eval().requires_grad_(False)
-        self.frozen = True
+        self.frozen = self.frozen_autoencoder = True
         return self
 
+    def freeze_autoencoder(self) -> None:
+        """Codes are lasting from here on; models of them may still learn."""
+        self.autoencoder.eval().requires_grad_(False)
+        self.frozen_autoencoder = True
+
     def train(self, mode: bool = True) -> "ImageCodec":
-        return super().train(mode and not getattr(self, "frozen", False))
+        super().train(mode and not self.frozen)
+        if self.frozen_autoencoder:
+            self.autoencoder.eval()
+        return self
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """[n, C, H, H] uint8 -> [n, S] int64, on the CPU."""
-        assert not self.training
+        assert not self.autoencoder.training
         device = self.frequencies.device
         parts = [self.autoencoder.encode(chunk.to(device)).cpu() for chunk in images.split(_CHUNK)]
         return torch.cat(parts) if parts else torch.zeros(0, self.autoencoder.symbols, dtype=torch.int64)
@@ -69,7 +77,7 @@ class ImageCodec(nn.Module):
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """[n, S] -> [n, C, H, H] uint8, on the CPU."""
-        assert not self.training
+        assert not self.autoencoder.training
         device, make = self.frequencies.device, self.autoencoder
         parts = [make.to_images(make.decode(chunk.to(device))).cpu() for chunk in codes.split(_CHUNK)]
         return torch.cat(parts) if parts else torch.zeros(0, *make.image_shape, dtype=torch.uint8)

@@ -8,7 +8,8 @@ import torch
 
 from components.checks import check_counts
 from datamodules.environments.measured import MeasuredEnv
-from datamodules.evaluation import EvaluationTask, EvaluationTasks
+from datamodules.evaluation import EvaluationTask
+from datamodules.sampling import EvaluationTasks
 
 
 class EnvironmentDataModule(L.LightningDataModule):

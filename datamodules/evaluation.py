@@ -3,7 +3,7 @@
 Dimensions: T rewards, E episodes for each, L steps, n samples, O observation, P physics state.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -135,16 +135,3 @@ class Camera:
     def __call__(self, physics: Tensor) -> np.ndarray:
         self._env.set_physics(physics[None])
         return self._env.render(0, self._size, self._size)
-
-
-class EvaluationTasks:
-    """A loader of evaluation tasks, each a batch of its own."""
-
-    def __init__(self, tasks: Sequence[EvaluationTask]) -> None:
-        self.tasks = tasks
-
-    def __len__(self) -> int:
-        return len(self.tasks)
-
-    def __iter__(self) -> Iterator[EvaluationTask]:
-        return iter(self.tasks)

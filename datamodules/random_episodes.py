@@ -17,9 +17,8 @@ from components.checks import check_counts
 from components.distributed import world_size
 from datamodules.environment import EnvironmentDataModule
 from datamodules.environments.measured import MeasuredEnv
-from datamodules.evaluation import EvaluationTasks
 from datamodules.replay import ReplayBuffer
-from datamodules.sampling import Stacks, batch_generator
+from datamodules.sampling import EvaluationTasks, Stacks, batch_generator
 
 TARGETS = ("sarsa", "monte_carlo")
 

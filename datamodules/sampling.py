@@ -1,8 +1,9 @@
-"""Batches drawn uniformly from transitions in memory, by a rule that needs no state to resume."""
+"""Loaders: batches drawn by a rule that needs no state to resume, and tasks to evaluate on."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -67,3 +68,16 @@ class UniformBatches:
             if device is not None and device.type == "cuda":
                 index = index.pin_memory().to(device, non_blocking=True)
             yield self.data[index]
+
+
+class EvaluationTasks:
+    """A loader of evaluation tasks, each a batch of its own."""
+
+    def __init__(self, tasks: Sequence[Any]) -> None:
+        self.tasks = tasks
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.tasks)

@@ -11,7 +11,7 @@ from launch.checkpoints import LAST, load_checkpoint
 
 # A checkpoint may come from anybody: nothing outside of the project is called on its word. A name alone proves little,
 # since Hydra would follow it through a module of the project into whatever that module imports.
-TRUSTED = ("callbacks.", "components.", "datamodules.", "lightning_modules.")
+TRUSTED = ("callbacks.", "components.", "datamodules.", "lightning_modules.", "torch.optim.")
 LOOK_UPS = ("hydra.utils.get_class", "hydra.utils.get_method")
 
 

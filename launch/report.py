@@ -15,6 +15,7 @@ from launch.files import write_json, write_text
 REFERENCES = "references.json"
 PICTURES = {
     "films/contact_sheet.png": "Films of {}, moments of the first episode",
+    "reconstructions.png": "What {} keeps of images",
     "feature_gradients.png": "What the critics' loss asks of the feature maps of {}, each on a scale of its own",
 }
 

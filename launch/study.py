@@ -152,6 +152,7 @@ def run_config(run: Run, overrides: list[str]) -> DictConfig:
     arms = _arms(compose("train", overrides))
     config = compose("train", [*arms[run.arm], *overrides, f"seed={run.seed}"])
     config.run_dir = str(run.folder)
+    config.study_dir = str(run.folder.parents[1])
     config.arm = run.arm
     return config
 

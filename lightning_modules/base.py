@@ -132,12 +132,14 @@ class LearningMethod(L.LightningModule, ABC):
             torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
         optimizer.step()
 
-    def _anneal(self) -> None:
-        """Set the learning rates of this instant of the run."""
+    def learning_rate_factors(self) -> list[float]:
+        """What the configured learning rates of each optimiser are multiplied by at this instant of the run."""
         annealed = 1 - self.anneal_from
         left = 1 - self.updates / self.total_updates
-        factor = left / annealed if left < annealed else 1.0
-        for optimizer, rates in zip(self._optimizers, self._learning_rates):
+        return [left / annealed if left < annealed else 1.0] * len(self._optimizers)
+
+    def _anneal(self) -> None:
+        for optimizer, factor, rates in zip(self._optimizers, self.learning_rate_factors(), self._learning_rates):
             for group, rate in zip(optimizer.param_groups, rates):
                 if isinstance(group["lr"], Tensor):  # a captured graph reads it where it lies
                     group["lr"].fill_(factor * rate)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from components.code_models import CategoricalVAE, place_frequencies
 from components.code_streams import FixedLength
-from components.exemplars import CodeStore, ExemplarMemory, PillowStore, RawStore, herding
+from components.exemplars import CodeStore, ExemplarMemory, PillowStore, RawStore
 from components.image_codec import STREAMS, ImageCodec
 from components.vqvae import VQVAE
 
@@ -177,19 +177,6 @@ def test_codes_that_do_not_come_back_are_stored_by_frequencies(codec, monkeypatc
     payload = store.pack(items)
     assert store.fallbacks == 1
     assert torch.equal(store.unpack(payload, 30), items)
-
-
-def test_herding_is_brute_force():
-    features = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
-    order = herding(features)
-    assert sorted(order.tolist()) == list(range(12))
-    unit = torch.nn.functional.normalize(features.double(), dim=1)
-    chosen: list[int] = []
-    for _ in range(12):
-        left = [row for row in range(12) if row not in chosen]
-        best = min(left, key=lambda row: (unit.mean(0) - unit[[*chosen, row]].mean(0)).norm().item())
-        chosen.append(best)
-    assert order.tolist() == chosen
 
 
 @pytest.mark.parametrize(

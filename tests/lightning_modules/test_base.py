@@ -14,8 +14,7 @@ from torch import nn
 
 from callbacks.checkpoint import Checkpoint
 from callbacks.run_log import RunLog, read_rows
-from datamodules.evaluation import EvaluationTasks
-from datamodules.sampling import UniformBatches
+from datamodules.sampling import EvaluationTasks, UniformBatches
 from launch.checkpoints import AtomicCheckpointIO, load_checkpoint
 from lightning_modules.base import LearningMethod, random_state, set_random_state
 

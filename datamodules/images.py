@@ -1,0 +1,136 @@
+"""Labelled images, from files as they are published and from scikit-learn.
+
+Dimensions: n images, C channels, H height and width.
+"""
+
+import gzip
+import io
+import pickle
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class LabelledImages(NamedTuple):
+    """Images [n, C, H, H] uint8 and their labels [n] int64, for training and for tests."""
+
+    images: Tensor
+    labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+def digits(per_class: int = 130) -> LabelledImages:
+    """Scikit-learn's 1,797 digits of 8 x 8 pixels; the first `per_class` of each are for training, the rest for tests.
+
+    Raises:
+        ValueError: scikit-learn is not there, or a class would be left without a test.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ValueError('digits: expected scikit-learn (pip install "tenfold[images]"), found none.') from error
+    loaded = load_digits()
+    images = torch.from_numpy((loaded.images * (255 / 16)).round().astype(np.uint8))[:, None]
+    labels = torch.from_numpy(loaded.target).long()
+    smallest = int(labels.bincount().min())
+    if not 1 <= per_class < smallest:
+        raise ValueError(f"per_class={per_class}: expected from 1 to {smallest - 1}, the smallest class but one image.")
+    place = torch.zeros_like(labels)
+    for label in range(10):
+        place[labels == label] = torch.arange(int((labels == label).sum()))
+    train = place < per_class
+    return LabelledImages(images[train], labels[train], images[~train], labels[~train])
+
+
+def fashion_mnist(folder: str = "/usr/share/datasets/fashion-mnist") -> LabelledImages:
+    """Fashion-MNIST from its four gzipped IDX files: 60,000 and 10,000 images of 28 x 28 pixels.
+
+    Args:
+        folder: where they are; that of Debian's package `dataset-fashion-mnist` by itself.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or damaged.
+    """
+    parts = []
+    for which in ("train", "t10k"):
+        images = _read_idx(Path(folder) / f"{which}-images-idx3-ubyte.gz", 3)
+        labels = _read_idx(Path(folder) / f"{which}-labels-idx1-ubyte.gz", 1)
+        if len(images) != len(labels):
+            raise ValueError(
+                f"{folder}: expected as many labels as {which} images, {len(images)}, found {len(labels)}."
+            )
+        parts += [torch.from_numpy(images)[:, None], torch.from_numpy(labels).long()]
+    return LabelledImages(*parts)
+
+
+def _read_idx(path: Path, dimensions: int) -> np.ndarray:
+    """An IDX file of bytes: magic number, sizes, values."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: expected a file of Fashion-MNIST (30 MB in all), found none; `apt-get install "
+            "dataset-fashion-mnist` puts it under /usr/share/datasets/fashion-mnist."
+        )
+    try:
+        with gzip.open(path) as file:
+            data = file.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: expected a gzipped IDX file, found a damaged one ({error}).") from error
+    header = 4 + 4 * dimensions
+    if data[:4] != bytes([0, 0, 8, dimensions]) or len(data) < header:
+        raise ValueError(f"{path}: expected an IDX file of bytes in {dimensions} dimensions, found another.")
+    shape = tuple(int.from_bytes(data[4 + 4 * index : 8 + 4 * index], "big") for index in range(dimensions))
+    if len(data) - header != int(np.prod(shape)):
+        raise ValueError(f"{path}: expected {int(np.prod(shape))} values after its header, found {len(data) - header}.")
+    return np.frombuffer(data, np.uint8, offset=header).reshape(shape).copy()
+
+
+def cifar100(folder: str) -> LabelledImages:
+    """CIFAR-100 from its python files, `train` and `test`: 50,000 and 10,000 images of 32 x 32 pixels.
+
+    The files are pickles. They are read by an unpickler that knows arrays and plain types and calls nothing else.
+
+    Args:
+        folder: `cifar-100-python`.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing, damaged, or would call something else.
+    """
+    parts = []
+    for which in ("train", "test"):
+        path = Path(folder) / which
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path}: expected a file of CIFAR-100, found none; unpack cifar-100-python.tar.gz (169 MB, from "
+                "https://www.cs.toronto.edu/~kriz/cifar.html) and set datamodule.dataset.folder."
+            )
+        try:
+            content = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+            images, labels = np.asarray(content[b"data"]), np.asarray(content[b"fine_labels"], dtype=np.int64)
+        except (pickle.UnpicklingError, EOFError, KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path}: expected a python file of CIFAR-100, found another ({error!r}).") from error
+        if images.dtype != np.uint8 or images.ndim != 2 or images.shape != (len(labels), 3072):
+            raise ValueError(
+                f"{path}: expected uint8 data [{len(labels)}, 3072], found {images.dtype} {list(images.shape)}."
+            )
+        if len(labels) and not (labels.min() >= 0 and labels.max() < 100):
+            raise ValueError(f"{path}: expected fine_labels from 0 to 99, found {labels.min()} to {labels.max()}.")
+        parts += [torch.from_numpy(images.reshape(-1, 3, 32, 32).copy()), torch.from_numpy(labels)]
+    return LabelledImages(*parts)
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Reads arrays as NumPy pickles them, in the names of old and new versions, and refuses to call anything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            return np._core.multiarray._reconstruct
+        if module == "numpy" and name in ("ndarray", "dtype"):
+            return getattr(np, name)
+        if (module, name) == ("_codecs", "encode"):  # how bytes are written by protocols that have none
+            return lambda text, encoding: text.encode("latin1")
+        raise pickle.UnpicklingError(f"it would call {module}.{name}")
