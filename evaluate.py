@@ -19,8 +19,9 @@ import torch
 from callbacks.results import Films, Results, RewardCurves
 from launch.errors import CommandLineError, run_reporting_errors
 from launch.files import write_json
-from launch.recipes import find_checkpoint, rebuild
+from launch.recipes import find_checkpoint, find_checkpoints, rebuild
 from launch.report import metrics_table
+from launch.runs import RUN_FILE
 from launch.study import quieten
 
 DEFAULTS = {
@@ -76,6 +77,12 @@ def main() -> None:
     datamodule.choose_tasks(given["protocol"], given["reward"])
     datamodule.episodes = given["episodes"]
     print(f"Evaluating {path} ({recipe['experiment']}, {module.updates} updates).", flush=True)
+    study = path.resolve().parents[3]  # STUDY/ARM/SEED/checkpoints/last.ckpt
+    others = (
+        [other for other in find_checkpoints(study) if other != path.resolve()] if (study / RUN_FILE).exists() else []
+    )
+    if others:
+        print(f"The study has {len(others)} more: name one to evaluate it, such as ckpt_path={others[0]}.", flush=True)
 
     beside = path.resolve().parent
     run = beside.parent if beside.name == "checkpoints" else beside

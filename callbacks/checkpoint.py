@@ -80,7 +80,7 @@ class Checkpoint(L.Callback):
         if self._seconds:
             count = len(self._seconds)
             print(
-                f"{self.name}: {count} checkpoints, each {sum(self._seconds) / count:.2f} s and "
+                f"{self.name}: took {count} checkpoint{'s' * (count > 1)}, each {sum(self._seconds) / count:.2f} s and "
                 f"{sum(self._bytes) / count / 1e6:.1f} MB.",
                 flush=True,
             )

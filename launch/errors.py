@@ -4,6 +4,7 @@ import difflib
 import gc
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,6 +61,7 @@ def run_reporting_errors(main: Callable[[], None]) -> int:
     try:
         main()
     except Stopped as stop:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it has been heard; what is left is to end other processes
         if _is_first_process():
             print(stop, file=sys.stderr)
         return stop.code

@@ -24,12 +24,17 @@ def find_checkpoint(ckpt_path: str, output_root: str) -> Path:
     path = Path(output_root) if ckpt_path == "last" else Path(ckpt_path)
     if path.is_file():
         return path
-    found = sorted(path.rglob(LAST), key=lambda file: file.stat().st_mtime)
+    found = find_checkpoints(path)
     if not found:
         raise FileNotFoundError(
             f"ckpt_path={ckpt_path}: expected a checkpoint or a folder with one in {path}, found none."
         )
     return found[-1]
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """All below a folder, the oldest first."""
+    return sorted(folder.rglob(LAST), key=lambda file: file.stat().st_mtime)
 
 
 def rebuild(path: Path, trust: tuple[str, ...] = ()) -> tuple[L.LightningModule, L.LightningDataModule, dict[str, Any]]:

@@ -4,11 +4,12 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from logging import ERROR, WARNING, getLogger
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -108,7 +109,8 @@ def build(
     if resume is None and run.folder.exists():
         _say(f"{run.arm}, seed {run.seed}: stopped before its first checkpoint, starts over.")
     if resume is not None:
-        _say(f"{run.arm}, seed {run.seed}: resuming after {_check(resume, module)} updates.")
+        saved = _check(resume, module)
+        _say(f"{run.arm}, seed {run.seed}: resuming after {saved['updates']} updates{_changes(saved, module.recipe)}.")
     loggers = [instantiate(logger) for logger in config.logger.values()]
     callbacks = [instantiate(callback) for callback in config.callbacks.values() if callback is not None]
     trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers, default_root_dir=str(run.folder))
@@ -133,8 +135,8 @@ def _measure_references(datamodule: L.LightningDataModule, folder: Path) -> None
         write_json(folder / REFERENCES, datamodule.references())
 
 
-def _check(checkpoint: Path, module: L.LightningModule) -> int:
-    """The updates after which a checkpoint was taken; it is checked before anything is written.
+def _check(checkpoint: Path, module: L.LightningModule) -> dict[str, Any]:
+    """What a checkpoint says of itself; it is checked before anything is written.
 
     Raises:
         ValueError: the module can't go on from it; names the file.
@@ -144,7 +146,28 @@ def _check(checkpoint: Path, module: L.LightningModule) -> int:
         module.check_checkpoint(saved)
     except ValueError as error:
         raise ValueError(f"ckpt_path={checkpoint}: {error}") from error
-    return saved["learning_method"]["updates"]
+    return saved["learning_method"]
+
+
+def _changes(saved: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
+    """What a run goes on with that it did not begin with, but for its length."""
+    before, now = (
+        dict(_leaves({part: each[part] for part in ("module", "datamodule")})) for each in (saved["recipe"], recipe)
+    )
+    changed = [
+        f"{key}={now.get(key)} (was {before.get(key)})"
+        for key in {**before, **now}
+        if before.get(key) != now.get(key) and key != "module.updates"
+    ]
+    return f", with {', '.join(changed)}" if changed else ""
+
+
+def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, Mapping) and node:
+        for name, value in node.items():
+            yield from _leaves(value, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, node
 
 
 def run_config(run: Run, overrides: list[str]) -> DictConfig:

@@ -100,13 +100,15 @@ def test_finished_study_goes_on_to_more_updates(assert_same_runs, program, one_a
     longer = program(*one_arm, root, "module.updates=60", "ckpt_path=last")
     assert (short.code, longer.code) == (0, 0), short.err + longer.err
     assert longer.folder == short.folder
-    assert "resuming after 40 updates" in longer.out
+    assert "resuming after 40 updates.\n" in longer.out
     whole = program(*one_arm, root, "module.updates=60")
     assert whole.folder != short.folder
     assert_same_runs(longer.folder, whole.folder, ["fb_aw_narrow"])
     # Remembered for the next time.
     assert "2 of 2" not in program("experiment=fb_overdrive", f"ckpt_path={longer.folder}").out
     assert json.loads((longer.folder / "fb_aw_narrow/seed_0/results.json").read_text())["updates"] == 60
+    other = program(*one_arm, root, "module.updates=80", "module.learning_rate=2e-3", f"ckpt_path={longer.folder}")
+    assert "resuming after 60 updates, with module.learning_rate=0.002 (was 0.001).\n" in other.out
 
 
 def test_run_that_was_killed_before_its_first_checkpoint_starts_over(program, one_arm, tmp_path):
