@@ -40,6 +40,7 @@ def main() -> None:
     own = {"size": SIZE, "frame_stack": 1, "action_repeat": 1}
     sides = {
         "PixelControlEnv, 1 environment": (1, {}),
+        f"PixelControlEnv, {arguments.num_envs} environments, one thread": (arguments.num_envs, {"render_workers": 1}),
         f"PixelControlEnv, {arguments.num_envs} environments": (arguments.num_envs, {}),
         f"PixelControlEnv, {arguments.num_envs} environments, effects": (arguments.num_envs, {"effects": True}),
     }

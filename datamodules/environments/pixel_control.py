@@ -21,6 +21,7 @@ from datamodules.pixels.workers import WorkerGroup
 _CAMERAS = {"quadruped": 2, "manipulation": "front_close"}  # of published code; else the first
 _MANIPULATION_STEPS = 250
 _SUITE_STEPS = 1000
+_MOST_WORKERS = 16  # that nobody has asked for
 
 
 class PixelControlEnv(MeasuredEnv):
@@ -47,8 +48,8 @@ class PixelControlEnv(MeasuredEnv):
             where there is no GPU.
         supersampling: pictures are drawn so many times as wide and high, and averaged, so that what is thinner than a
             pixel leaves a trace of where it is; in software cheaper than multisampling.
-        render_workers: processes that simulate and draw, at most one for each environment; as many as there are cores
-            if None. A single one is a thread of this process instead.
+        render_workers: processes that simulate and draw, of about 260 MB each, at most one for each environment; one
+            for each core, but at most 16, if None. A single one is a thread of this process instead.
         seed: of the generator that every episode start is drawn from.
     """
 
@@ -86,7 +87,7 @@ class PixelControlEnv(MeasuredEnv):
         self.episode_length = own_length if episode_length is None else episode_length
         view = View(self._name, self._camera, size * supersampling, size * supersampling, effects)
         make = partial(PixelTask, domain, task, view, supersampling, action_repeat, self.episode_length)
-        workers = min(num_envs, render_workers or len(os.sched_getaffinity(0)))
+        workers = min(num_envs, render_workers or min(_MOST_WORKERS, len(os.sched_getaffinity(0))))
         self._episodes = WorkerGroup(workers, make, num_envs)
         (sizes,) = self._episodes.call("sizes", [0])
         self.step_seconds = sizes.control_seconds * action_repeat

@@ -5,7 +5,7 @@ the same model.
 
 Only one thread of a process may draw. Mesa's software renderer, whenever pixels are read, walks lists of all contexts
 of the process, which other threads may be changing: once in some ten thousand pictures that ended the process with a
-segmentation fault (version 22.3, `lp_setup_is_resource_referenced`). `workers` sees to it.
+segmentation fault (version 22.3, `lp_setup_is_resource_referenced`). What a `WorkerGroup` calls is in one thread.
 """
 
 import atexit

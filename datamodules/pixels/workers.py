@@ -4,12 +4,15 @@ import functools
 import itertools
 import multiprocessing
 import os
+import pickle
 import signal
-import threading
+import subprocess
+import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from typing import Any
 
 _Key = tuple[int, int]  # a group's number, and the place of an object in it
@@ -30,17 +33,18 @@ class WorkerGroup:
         size: number of objects.
 
     Raises:
-        ValueError: a process that works has stopped. What `make` and the objects raise comes as it is.
+        ValueError: a process that works has stopped. What `make` and the objects raise comes as it is, or as a
+            RuntimeError of the same words where it can't travel.
     """
 
     def __init__(self, workers: int, make: Callable[[], Any], size: int) -> None:
         process = os.getpid()  # threads and the ends of pipes do not survive a fork
         self._workers = [_thread(process)] if workers == 1 else [_process(process, i) for i in range(workers)]
         self._number = next(_numbers)
-        self._submit(_make, make, range(size))
         # Collected at any moment, in the middle of a submission too: workers are told at the next one.
         for worker in self._workers:
             weakref.finalize(self, worker.forgotten.append, self._number).atexit = False
+        self._submit(_make, make, range(size))
 
     def call(self, method: str, rows: Sequence[int], *arguments: Sequence[Any]) -> list[Any]:
         """What a method returns in each of `rows`, of which each has its own of every argument."""
@@ -48,12 +52,13 @@ class WorkerGroup:
 
     def _submit(self, function: Callable, what: Any, rows: Sequence[int], *arguments: Sequence[Any]) -> list[Any]:
         calls: list[list[tuple]] = [[] for _ in self._workers]
-        for row, *own in zip(rows, *arguments):
+        for row, *own in zip(rows, *arguments, strict=True):
             calls[row % len(calls)].append(((self._number, row), *own))
         try:
             futures = [worker.submit(function, what, own) for worker, own in zip(self._workers, calls) if own]
             results = {key: result for future in futures for key, result in future.result()}
         except BrokenExecutor as error:
+            _process.cache_clear()  # groups to come have others
             raise ValueError(
                 "render_workers: a process that draws pictures has stopped; its own error, if it had one, stands above."
                 " With render_workers=1 the training process draws."
@@ -80,26 +85,75 @@ def _thread(process: int) -> _Worker:
 
 @functools.cache
 def _process(process: int, index: int) -> _Worker:
-    context = multiprocessing.get_context("spawn")
-    return _Worker(ProcessPoolExecutor(1, mp_context=context, initializer=_begin))
+    return _Worker(_Elsewhere())
+
+
+class _Elsewhere(ThreadPoolExecutor):
+    """A process, and the thread that asks it and waits for its answers.
+
+    It is a program of its own rather than one of `multiprocessing`'s, which would run this program's main module again,
+    with whatever that imports, could not be had by daemons, and would be waited for where it waits itself. It ends when
+    its connection does, and no signal that is sent to a group of processes reaches it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(1, thread_name_prefix="drawing")
+        self._connection, theirs = multiprocessing.Pipe()
+        with theirs:
+            begin = f"import sys; sys.path[:] = {sys.path}; from datamodules.pixels import workers; "
+            self._program = subprocess.Popen(
+                [sys.executable, "-c", f"{begin}workers.serve({theirs.fileno()})"],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                # The cores belong to the other workers: Mesa is to draw in the thread that asks.
+                env={"LP_NUM_THREADS": "0", **os.environ},
+            )
+
+    def submit(self, function: Callable, *arguments: Any) -> Future:  # type: ignore[override]
+        return super().submit(self._ask, function, *arguments)
+
+    def _ask(self, *work: Any) -> Any:
+        try:
+            self._connection.send(work)
+            answer, error = self._connection.recv()
+        except (OSError, EOFError) as ended:
+            raise BrokenExecutor from ended
+        if error is not None:
+            raise error
+        return answer
 
 
 # --- in the worker ---
 
 
-def _begin() -> None:
-    """Once in every process that works, before it has loaded any graphics library."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that trains
-    # The cores belong to the other workers: Mesa is to draw in the thread that asks.
-    os.environ.setdefault("LP_NUM_THREADS", "0")
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def serve(number: int) -> None:
+    """Answer what is asked through the connection with this file's number, until nobody is there to ask."""
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):  # for the process that trains
+        signal.signal(name, signal.SIG_IGN)
+    connection = Connection(number)
+    while True:
+        try:
+            function, *arguments = connection.recv()
+        except (OSError, EOFError):
+            return
+        try:
+            answer = function(*arguments), None
+        except Exception as error:
+            answer = None, _portable(error)
+        try:
+            connection.send(answer)
+        except OSError:
+            return
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+def _portable(error: Exception) -> Exception:
+    """An error as it is if it arrives as such, its words otherwise."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _make(make: Callable[[], Any], calls: list[tuple]) -> list[tuple[_Key, None]]:

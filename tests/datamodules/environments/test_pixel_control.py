@@ -134,16 +134,27 @@ def test_starts_depend_on_the_seed_alone_and_rows_differ():
     assert not torch.equal(made(seed=4).reset()["physics"], first["physics"])
 
 
-def test_episodes_are_the_same_however_many_processes_draw():
-    found = []
-    for count in (1, 2, 3):
-        env = made(num_envs=3, render_workers=count, action_repeat=2, episode_length=6)
+@pytest.mark.parametrize("count", [2, 3])
+def test_episodes_are_the_same_however_many_processes_draw(count):
+    """Steps, ends, resets of some, restored states and states that are set."""
+
+    def seen(workers: int) -> list:
+        env = made(num_envs=3, render_workers=workers, action_repeat=2, episode_length=6)
         state = env.reset()
-        found.append([state, *roll(env, state, actions(env, 3))])
-    for other in found[1:]:
-        for one, another in zip(found[0], other):
-            for key in ("observation", "physics", "done"):
-                assert torch.equal(one[key], another[key]), key
+        found = [state, *roll(env, state, actions(env, 2))]
+        saved = env.get_extra_state()
+        found += roll(env, env.current(), actions(env, 2, seed=1))
+        state["_reset"] = torch.tensor([[True], [False], [True]])
+        found += [env.reset(state).clone(), *roll(env, env.current(), actions(env, 1, seed=2))]
+        other = made(num_envs=3, render_workers=workers, action_repeat=2, episode_length=6, seed=9)
+        other.set_extra_state(saved)
+        found += [other.reset(), *roll(other, other.current(), actions(env, 2, seed=3))]
+        other.set_physics(found[0]["physics"][[2, 0]], rows=[0, 2])
+        return [*found, other.current(), *roll(other, other.current(), actions(env, 1, seed=4))]
+
+    for one, another in zip(seen(1), seen(count), strict=True):
+        for key in {"observation", "physics", "done", "terminated", "truncated", "measurements", "reward"} & one.keys():
+            assert torch.equal(one[key], another[key]), key
 
 
 def test_pictures_are_those_of_the_suite_but_for_effects():
