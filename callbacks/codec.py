@@ -62,7 +62,8 @@ class Reconstructions(L.Callback):
                 for axis, image in zip(axes[2 * index + offset], images):
                     pixels = image.permute(1, 2, 0).numpy()
                     axis.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=255)
-            axes[2 * index, 0].set_title(f"{name} classes, and what is left of them", loc="left", fontsize=8)
+            title = axes[2 * index, 0].set_title(f"{name} classes, and what is left of them", loc="left", fontsize=8)
+            title.set_in_layout(False)  # or the first column would be as wide as the title
         self.folder.mkdir(parents=True, exist_ok=True)
         figure.savefig(self.folder / "reconstructions.png", dpi=110)
         self._rows = {}
