@@ -40,8 +40,7 @@ def forgetting(accuracies: Tensor) -> float:
     """Mean over all tasks but the last of what was lost since the best; 0 with a single task.
 
     Args:
-        accuracies: [T, T], after each task (row) on the classes of each (column); columns to come are NaN.
+        accuracies: [T, T], after each task (row) on the classes of each (column), 0 for those to come.
     """
-    best = accuracies.nan_to_num(-torch.inf).max(0).values
-    lost = (best - accuracies[-1])[:-1]
+    lost = (accuracies.max(0).values - accuracies[-1])[:-1]
     return lost.mean().item() if len(lost) else 0.0

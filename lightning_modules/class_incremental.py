@@ -93,8 +93,8 @@ class ClassIncremental(LearningMethod):
         self.register_buffer("seen", torch.zeros(classes, dtype=torch.bool))
         # Accuracy on each task's classes (column) after each task (row), and on all that were seen.
         tasks = len(self.task_updates)
-        self.register_buffer("accuracies", torch.full((tasks, tasks), torch.nan))
-        self.register_buffer("overall", torch.full((tasks,), torch.nan))
+        self.register_buffer("accuracies", torch.zeros(tasks, tasks))
+        self.register_buffer("overall", torch.zeros(tasks))
         self.optimizer = self.register_optimizer(optimizer(self.trained()))
 
     def trained(self) -> list[nn.Parameter]:

@@ -1,5 +1,6 @@
 """Every experiment and preset composes, and its parts fit together: sizes, switches and one update."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from tensordict import TensorDict
 
+import train  # noqa: F401 - registers the resolvers that configurations use
 from components.actor_objectives import AdvantageWeighted, DeterministicPolicyGradient
+from datamodules.images import LabelledImages
 from launch.recipes import check_targets
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -421,3 +425,80 @@ def test_pictures_without_an_encoder_are_one_sentence():
         config = composed(f"module={module}", "datamodule=online")
         with pytest.raises(Exception, match=r"observation_shape=\[9, 84, 84\]: expected vectors; pictures need an enc"):
             instantiate(config.module, observation_shape=[9, 84, 84], action_dim=2)
+
+
+INCREMENTAL = sorted(
+    str(path.relative_to(CONFIGS / "experiment").with_suffix(""))
+    for path in (CONFIGS / "experiment").rglob("drr_*.yaml")
+)
+
+
+def small_images(shape: tuple[int, ...], classes: int) -> LabelledImages:
+    """Random images in place of a data set's."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(per_class: int) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = torch.arange(classes).repeat(per_class)
+        return torch.randint(256, (len(labels), *shape), generator=generator, dtype=torch.uint8), labels
+
+    return LabelledImages(*drawn(6), *drawn(2))
+
+
+SHAPES = {"digits": ((1, 8, 8), 10), "fashion_mnist": ((1, 28, 28), 10), "cifar100": ((3, 32, 32), 100)}
+
+
+@pytest.mark.parametrize("name", INCREMENTAL)
+def test_every_arm_of_every_incremental_experiment_learns(name, tmp_path):
+    """On random images of the right size, with a codec of random weights."""
+    config = composed(f"experiment={name}")
+    assert config.name == name
+    assert config.summary
+    assert config.duration
+    dataset = partial(small_images, *SHAPES[config.dataset._target_.split(".")[-1]])
+    weights = tmp_path / "codec" / f"seed_{config.seed}" / "codec.safetensors"
+    for arm, overrides in config.arms.items():
+        folders = (f"study_dir={tmp_path}", f"run_dir={tmp_path}")
+        config = composed(f"experiment={name}", *folders, *overrides, "module.compile=null")
+        for part in ("module", "datamodule"):  # a checkpoint of it can be rebuilt
+            check_targets(OmegaConf.to_container(config[part], resolve=True), Path("last.ckpt"))
+        if arm == "codec":
+            config.datamodule.per_class = None
+        config.datamodule.dataset = None
+        data = instantiate(config.datamodule, dataset=dataset)
+        module = instantiate(config.module, **data.spec)
+        images = {"image": data.data.images[:8]}
+        if arm == "codec":
+            for part in (True, False):
+                metrics = module.update(TensorDict(images, [8]), autoencoder=part)
+                assert all(value.isfinite() for value in metrics.values())
+                module.begin_codes(data.data.images)
+            module.codec.save(weights)
+            continue
+        module.begin_task(0, data.seen(0))
+        batch = {**images, "label": torch.zeros(8, dtype=torch.int64)}
+        if data.pairs:
+            pair = torch.stack([images["image"], images["image"]], 1)
+            batch |= {"pair": pair, "pair_label": torch.arange(8) % data.seen(0)}
+        metrics = module.update(TensorDict(batch, [8]))
+        assert all(value.isfinite() for value in metrics.values())
+        assert (module.projection is None) == (data.pairs == 0)
+        for callback in config.callbacks.values():
+            assert callback is None or instantiate(callback)
+
+
+@pytest.mark.parametrize("name", [name for name in INCREMENTAL if name.startswith("paper/")])
+def test_paper_scale_of_incremental_experiments(name):
+    config = composed(f"experiment={name}")
+    codec = config.codec.autoencoder
+    assert (codec.codes, codec.dim, codec.width, codec.blocks) == (512, 64, 128, 2)
+    assert (config.protocol.base_classes, config.protocol.classes_per_task) == (50, 10)
+    assert config.protocol.order_seed == 1993
+    assert config.datamodule.batch_size == 128
+    assert config.module.optimizer._target_ == "torch.optim.SGD"
+    assert (config.module.optimizer.lr, config.module.optimizer.weight_decay) == (0.1, 5e-4)
+
+
+def test_a_codec_that_was_not_trained_is_one_sentence(tmp_path):
+    config = composed("experiment=drr_digits", f"study_dir={tmp_path}")
+    with pytest.raises(Exception, match="expected a trained codec, found none; the arm `codec` trains it"):
+        instantiate(config.datamodule)

@@ -158,7 +158,8 @@ def checkpoint_leaves(run: Path) -> dict[str, Any]:
     checkpoint = load_checkpoint(run / "checkpoints" / "last.ckpt")
     data = [key for key in checkpoint if key.endswith("DataModule")]
     made_of = checkpoint["learning_method"]["recipe"]["datamodule"]["_target_"]
-    assert data or made_of.endswith("RandomEpisodesDataModule")  # whose batches are functions of seed and update
+    # Batches of the others are functions of seed and update.
+    assert data or made_of.endswith(("RandomEpisodesDataModule", "BaseClassImages"))
     saved = {key: checkpoint[key] for key in ("state_dict", "optimizer_states", "learning_method", *data)}
     saved["learning_method"].pop("recipe")  # holds paths
     return dict(flat(saved))
@@ -168,13 +169,15 @@ def checkpoint_leaves(run: Path) -> dict[str, Any]:
 def assert_same_runs() -> Callable[..., None]:
     """Bit-identical weights, targets, optimiser moments, random states, experience, records and results."""
 
-    def check(found: Path, expected: Path, arms: Sequence[str]) -> None:
+    def check(
+        found: Path, expected: Path, arms: Sequence[str], holds: Sequence[str] = ("target_", "exp_avg_sq")
+    ) -> None:
         for arm in arms:
             runs = [folder / arm / "seed_0" for folder in (found, expected)]
             leaves = [checkpoint_leaves(run) for run in runs]
             assert leaves[0].keys() == leaves[1].keys()
-            assert any("target_" in name for name in leaves[0])
-            assert any("exp_avg_sq" in name for name in leaves[0])
+            for part in holds:
+                assert any(part in name for name in leaves[0])
             for name, value in leaves[1].items():
                 same = torch.equal(leaves[0][name], value) if torch.is_tensor(value) else leaves[0][name] == value
                 assert same, f"{arm}: {name}"

@@ -16,16 +16,22 @@ from tensordict import TensorDict
 from callbacks.run_log import read_rows
 from components.actor_objectives import AdvantageWeighted, DeterministicPolicyGradient
 from components.actors import DeterministicActor, EntropyTemperature, GaussianActor
+from components.classifiers import SmallConvNet
+from components.code_models import CategoricalVAE
 from components.distributed import rank, world_size
 from components.encoders import FeatureTrunk, PixelEncoder
 from components.ensemble import EnsembleMLP, EnsembleResidualMLP
 from components.forward_backward import BackwardMap, ForwardMap, ZConditionedActor, sample_sphere
+from components.image_codec import ImageCodec
 from components.pessimism import DualPessimism, MinimumPessimism
 from components.policies import ClippedGaussianPolicy, TanhGaussianPolicy
 from components.signal_mixing import SignalMixing
+from components.vqvae import VQVAE
 from launch.checkpoints import load_checkpoint
 from lightning_modules.actor_critic import ActorCritic
+from lightning_modules.class_incremental import ClassIncremental
 from lightning_modules.forward_backward import ForwardBackward
+from lightning_modules.image_codec import ImageCodecTraining
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS, GROUP_ROWS = 32, 4
@@ -119,7 +125,45 @@ def gradients() -> dict[str, list[torch.Tensor]]:
     pictures = torch.randint(256, (2, ROWS, 3, 20, 20), generator=generator, dtype=torch.uint8)[:, share]
     batch["observation"], batch["next", "observation"] = pictures
     found["pixels"] = pixel_gradients(batch)
+    pairs = torch.randint(256, (ROWS, 2, 1, 8, 8), generator=generator, dtype=torch.uint8)[share]
+    labels = (torch.arange(ROWS) % 3)[share]
+    found["classifier"] = classifier_gradients(pairs, labels)
+    found["autoencoder"] = autoencoder_gradients(pairs[:, 0])
     return found
+
+
+def classifier_gradients(pairs: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
+    """Of the cross-entropy and the contrastive loss, which compares all views with each other."""
+    torch.manual_seed(3)
+    module = ClassIncremental(
+        [1, 8, 8],
+        3,
+        network=partial(SmallConvNet, channels=(4,), features=6),
+        task_updates=[1],
+        optimizer=partial(torch.optim.SGD, lr=0.0),
+        information_back=1.0,
+        updates=1,
+    )
+    module.begin_task(0, 3)
+    loss = torch.nn.functional.cross_entropy(module.logits(module.features(pairs[:, 0])), labels)
+    return minimised(module, loss + module.contrastive_loss(pairs, labels), module.optimizer)
+
+
+def autoencoder_gradients(images: torch.Tensor) -> list[torch.Tensor]:
+    """Of the loss, and what becomes of the codebook."""
+    torch.manual_seed(3)
+    autoencoder = partial(VQVAE, codes=8, dim=4, width=8, blocks=1, block_width=4, restart_below=0.0)
+    module = ImageCodecTraining(
+        [1, 8, 8],
+        codec=partial(ImageCodec, autoencoder=autoencoder, code_model=partial(CategoricalVAE, width=8)),
+        autoencoder_updates=1,
+        updates=2,
+    )
+    module.codec.autoencoder.quantizer.begun.fill_(True)  # the first codes are drawn from one process's share
+    out = module.codec.autoencoder(images)
+    loss = (out.images - module.codec.autoencoder.scaled(images)).square().mean() + 0.25 * out.commitment
+    gradients = minimised(module, loss, module.autoencoder_optimizer)
+    return [*gradients, module.codec.autoencoder.quantizer.codebook.clone()]
 
 
 def pixel_gradients(batch: TensorDict) -> list[torch.Tensor]:
@@ -172,6 +216,8 @@ CASES = [
     *REPRESENTATIONS,
     *(f"{o}, {r}" for o in OBJECTIVES for r in ("one_block", "four_blocks")),
     "pixels",
+    "classifier",
+    "autoencoder",
     *(f"actor-critic {part}, {m}" for part in ("critic", "pessimism", "actor", "temperature") for m in (1, 5)),
 ]
 

@@ -1,0 +1,73 @@
+"""Class-incremental runs: stop in any part of the codec's training or in the middle of a task, and go on exactly."""
+
+import time
+
+import pytest
+
+from launch.checkpoints import load_checkpoint
+
+INFORMATION_BACK = (
+    "store=bits_back",
+    "datamodule.raw_per_class=1",
+    "datamodule.pairs=8",
+    "datamodule.selection=herding",
+    "module.information_back=0.5",
+)
+SMALL = (
+    "experiment=drr_digits",
+    *(f"~arms.{arm}" for arm in ("fine_tuning", "joint", "raw_64", "fixed_64", "static_64")),
+    *(f"~arms.{arm}" for arm in ("raw_128", "fixed_128", "static_128", "bits_back_128")),
+    "num_seeds=1",
+    "codec_updates={autoencoder: 60, code_model: 60}",
+    "task_updates=[40, 20, 20, 20, 20, 20]",
+    "checkpoint_every=15",
+    "module.log_every=5",
+    # The contrastive loss, raw exemplars and herding too.
+    f"arms.bits_back_64=[{', '.join(repr(override) for override in INFORMATION_BACK)}]",
+)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(program, tmp_path_factory):
+    finished = program(*SMALL, f"output_root={tmp_path_factory.mktemp('whole')}")
+    assert finished.code == 0, finished.err
+    return finished.folder
+
+
+def test_killed_runs_go_on_bit_for_bit(assert_same_runs, program, spawn, wait_for_updates, uninterrupted, tmp_path):
+    root = f"output_root={tmp_path}"
+    for arm, updates in (("codec", 30), ("codec", 80), ("bits_back_64", 75)):
+        process = spawn(*SMALL, root, *(["ckpt_path=last"] if (arm, updates) != ("codec", 30) else []))
+        wait_for_updates(process, tmp_path, arm, updates)
+        time.sleep(0.05)
+        process.kill()
+        process.wait()
+    (folder,) = (tmp_path / "drr_digits").iterdir()
+    saved = load_checkpoint(folder / "bits_back_64" / "seed_0" / "checkpoints" / "last.ckpt")
+    assert 60 <= saved["learning_method"]["updates"] < 140
+    assert saved["ClassIncrementalDataModule"]["finished"] >= 2
+    finished = program("experiment=drr_digits", f"ckpt_path={folder}")
+    assert finished.code == 0, finished.err
+    codecs = [(path / "codec/seed_0/codec.safetensors").read_bytes() for path in (folder, uninterrupted)]
+    assert codecs[0] == codecs[1]
+    assert_same_runs(folder, uninterrupted, ["codec", "bits_back_64"], holds=("exp_avg_sq",))
+
+
+def test_a_report_of_all_arms(uninterrupted):
+    report = (uninterrupted / "report.md").read_text()
+    assert "| | codec | bits_back_64 |" in report
+    for metric in ("test/average_incremental_accuracy", "memory/bytes_with_models", "base/bits_back_net_bits"):
+        assert f"| {metric} |" in report
+    assert "(codec/seed_0/reconstructions.png)" in report
+    assert (uninterrupted / "codec/seed_0/reconstructions.png").exists()
+    assert (uninterrupted / "learning_curves.png").exists()
+
+
+def test_other_settings_of_the_codec_are_named(program, uninterrupted):
+    """Its weights are of another size."""
+    weights = uninterrupted / "codec" / "seed_0" / "codec.safetensors"
+    arguments = ("experiment=drr_digits", "arms=null", f"datamodule.store.weights={weights}")
+    finished = program(*arguments, f"output_root={uninterrupted / 'other'}", "codec.autoencoder.width=16")
+    assert finished.code == 1
+    assert "is [16, 1, 4, 4], expected [8, 1, 4, 4]" in finished.err
+    assert len(finished.err.strip().splitlines()) == 1
