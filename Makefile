@@ -24,8 +24,9 @@ train: $(INSTALLED)
 
 install: $(INSTALLED)
 
+# A file at a time on each core, for what a file's tests share is dear to make.
 test: $(INSTALLED)
-	$(RUN) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-slow: $(INSTALLED)
 	$(RUN) -m pytest -m slow $(ARGS)

@@ -16,9 +16,10 @@ class CodecExport(L.Callback):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        module.codec.save(self.path)
+        if trainer.is_global_zero:
+            module.codec.save(self.path)
+        trainer.strategy.barrier()  # all processes will read it
 
 
 class Reconstructions(L.Callback):
