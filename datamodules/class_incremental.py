@@ -122,6 +122,16 @@ class ImageDataModule(L.LightningDataModule):
         chosen = (self.data.labels >= first) & (self.data.labels < end)
         return self.data.images[chosen], self.data.labels[chosen]
 
+    def choose_tasks(self, protocol: str | None = None, reward: str | None = None) -> None:
+        """There is but one way to evaluate images.
+
+        Raises:
+            ValueError: another is asked for.
+        """
+        for name, value in (("protocol", protocol), ("reward", reward)):
+            if value is not None:
+                raise ValueError(f"{name}={value}: expected an experiment with an environment, found one of images.")
+
     def share(self) -> int:
         """The part of a batch that a process draws."""
         if self.batch_size % world_size():

@@ -1,6 +1,13 @@
 """Data-parallel training in which the method itself averages its gradients."""
 
+import os
+import threading
+import time
+from typing import Any
+
 from lightning.pytorch.strategies import DDPStrategy
+
+LAUNCHER = "TENFOLD_LAUNCHER"
 
 
 class ExplicitDDP(DDPStrategy):
@@ -12,3 +19,17 @@ class ExplicitDDP(DDPStrategy):
 
     def configure_ddp(self) -> None:
         """Nothing to configure: the module stays as it is."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            os.environ[LAUNCHER] = str(os.getpid())  # for the processes that this one starts
+        elif LAUNCHER in os.environ:
+            threading.Thread(target=_end_with, args=(int(os.environ[LAUNCHER]),), daemon=True).start()
+
+
+def _end_with(launcher: int) -> None:
+    """Before the processes have met, one whose launcher was killed would wait for it for half an hour."""
+    while os.getppid() == launcher:
+        time.sleep(1)
+    os._exit(1)

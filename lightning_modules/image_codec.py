@@ -73,7 +73,9 @@ class ImageCodecTraining(LearningMethod):
         self.augmentation = nn.Identity() if augmentation is None else augmentation
         self.register_buffer("latent_weight", torch.zeros(()))  # compiled updates read it where it lies
         self.autoencoder_optimizer = self.register_optimizer(
-            torch.optim.Adam(self.codec.autoencoder.parameters(), autoencoder_learning_rate)
+            torch.optim.Adam(
+                [each for each in self.codec.autoencoder.parameters() if each.requires_grad], autoencoder_learning_rate
+            )
         )
         self.code_model_optimizer = self.register_optimizer(
             torch.optim.Adam(self.codec.code_model.parameters(), code_model_learning_rate)

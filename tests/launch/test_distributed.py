@@ -6,6 +6,7 @@ Run as a program (`python test_distributed.py RANK FOLDER`) this file is one of 
 import os
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -281,6 +282,20 @@ def test_two_processes_run_from_the_command_line_and_resume(resumed):
     processes = load_checkpoint(run / "checkpoints" / "last.ckpt")["learning_method"]["processes"]
     assert len(processes) == 2
     assert not torch.equal(processes[0]["random"]["torch"], processes[1]["random"]["torch"])
+
+
+def test_a_process_whose_launcher_is_killed_before_they_meet_ends(spawn, one_arm, tmp_path):
+    first = spawn(*one_arm, *DDP, f"output_root={tmp_path}")
+    children = Path(f"/proc/{first.pid}/task/{first.pid}/children")
+    until = time.monotonic() + 60
+    while not (second := children.read_text().split()) and time.monotonic() < until:
+        time.sleep(0.01)
+    first.kill()
+    first.wait()
+    assert second
+    while Path(f"/proc/{second[0]}/cmdline").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{second[0]}/cmdline").exists()
 
 
 @pytest.mark.slow
