@@ -339,7 +339,8 @@ class ClassIncrementalDataModule(ImageDataModule):
         if final:
             images["reconstructed"] = self._restored(images["test"])
         groups = (labels - self.base_classes).div(self.classes_per_task, rounding_mode="floor").clamp(min=-1) + 1
-        return ClassesTask(images, labels, groups, task, self._accounts() if self.finished else {}, final)
+        accounts = self._accounts() if final and self.finished else {}
+        return ClassesTask(images, labels, groups, task, accounts, final)
 
     def _accounts(self) -> dict[str, float]:
         """Bytes of the memory, and with the models that it takes."""

@@ -118,12 +118,14 @@ def _plot_curves(
 ) -> str | None:
     """Every metric against environment steps, or updates where none are taken; all arms and references in each picture.
 
-    None if nothing was evaluated.
+    Where the metric that `config.curves_against` names was recorded, the others are drawn against it. Many arms get
+    larger pictures, with their seeds behind their mean. None if nothing was evaluated.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    curves: dict[str, dict[str, list[tuple[list[int], list[float]]]]] = {}
-    clock = "updates"
+    curves: dict[str, dict[str, list[tuple[list[float], list[float]]]]] = {}
+    clocks: dict[str, str] = {}  # of each metric
     for run in runs:
         path = run.folder / "eval.csv"
         if not path.exists():
@@ -131,23 +133,33 @@ def _plot_curves(
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
         for metric in rows[0] if rows else ():
-            if metric in ("updates", "env_steps", "seconds"):
+            if metric in ("updates", "env_steps", "seconds", config.curves_against):
                 continue
             clock = "env_steps" if int(rows[-1]["env_steps"]) else "updates"
-            points = [(int(row[clock]), float(row[metric])) for row in rows if row[metric]]
+            clock = config.curves_against if config.curves_against in rows[0] else clock
+            clocks[metric] = clock
+            points = [(float(row[clock]), float(row[metric])) for row in rows if row[metric]]
             curves.setdefault(metric, {}).setdefault(run.arm, []).append(tuple(map(list, zip(*points))))
     if not curves:
         return None
-    columns = min(4, len(curves))
-    rows_count = math.ceil(len(curves) / columns)
-    figure = Figure(figsize=(3.4 * columns, 2.7 * rows_count), layout="constrained")
-    axes = figure.subplots(rows_count, columns, squeeze=False).flatten()
     trained = list(dict.fromkeys(run.arm for run in runs))
+    crowded = max(len(by_arm) for by_arm in curves.values()) > 6
+    columns, scale = (min(3, len(curves)), 1.5) if crowded else (min(4, len(curves)), 1.0)
+    rows_count = math.ceil(len(curves) / columns)
+    figure = Figure(figsize=(scale * 3.4 * columns, scale * 2.7 * rows_count), layout="constrained")
+    axes = figure.subplots(rows_count, columns, squeeze=False).flatten()
+    colours = colormaps["tab20" if len(trained) > 10 else "tab10"].colors
     for axis, (metric, by_arm) in zip(axes, curves.items()):
         for arm, lines in by_arm.items():
-            colour = f"C{trained.index(arm)}"
+            colour = colours[trained.index(arm) % len(colours)]
+            several = crowded and len(lines) > 1
             for index, (instants, values) in enumerate(lines):
-                axis.plot(instants, values, color=colour, marker=".", alpha=0.9, label=arm if index == 0 else None)
+                look = {"alpha": 0.2} if several else {"alpha": 0.9, "marker": "."}
+                axis.plot(instants, values, color=colour, label=arm if index == 0 and not several else None, **look)
+            if several:
+                shared = sorted(set.intersection(*(set(instants) for instants, _ in lines)))
+                means = [sum(dict(zip(*line))[instant] for line in lines) / len(lines) for instant in shared]
+                axis.plot(shared, means, color=colour, marker=".", label=arm)
         for index, (arm, metrics) in enumerate((a, m) for a, m in arms.items() if a not in trained and metric in m):
             axis.axhline(metrics[metric]["mean"], color="0.4", linestyle=("--", ":", "-.")[index % 3], label=arm)
         axis.set_title(metric.removesuffix("/return"), fontsize=9)
@@ -155,14 +167,14 @@ def _plot_curves(
             axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=7)
-        axis.set_xlabel(clock.replace("env_", "environment "), fontsize=7)
+        axis.set_xlabel(clocks[metric].split("/")[-1].replace("env_", "environment "), fontsize=7)
     for axis in axes[len(curves) :]:
         axis.set_axis_off()
     entries = {}
     for axis in axes:  # not every arm has every metric
         entries |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels())}
     labels = list(entries)
-    figure.legend(entries.values(), labels, loc="outside lower center", ncols=len(labels), fontsize=8)
+    figure.legend(entries.values(), labels, loc="outside lower center", ncols=min(8, len(labels)), fontsize=8)
     name = "learning_curves.png"
     figure.savefig(folder / name, dpi=120)
     return name

@@ -2,6 +2,7 @@
 
 import json
 
+from matplotlib.axes import Axes
 from omegaconf import OmegaConf
 
 from launch.files import write_json
@@ -15,7 +16,7 @@ def test_seeds_may_differ_in_what_they_measured(tmp_path):
     runs = [Run("arm", seed, tmp_path / "arm" / f"seed_{seed}") for seed in range(2)]
     for run, found in zip(runs, metrics):
         write_json(run.results, {"updates": 10, "seconds": 1.0, "metrics": found})
-    config = OmegaConf.create({"name": "name", "summary": "A summary.", "notes": []})
+    config = OmegaConf.create({"name": "name", "summary": "A summary.", "notes": [], "curves_against": None})
     write_report(config, ["experiment=name"], runs, tmp_path)
     arm = json.loads((tmp_path / "results.json").read_text())["arms"]["arm"]
     assert arm["task/return"] == {"mean": 3.5, "stderr": 1.5, "n": 2}
@@ -24,3 +25,23 @@ def test_seeds_may_differ_in_what_they_measured(tmp_path):
     report = (tmp_path / "report.md").read_text()
     assert "```bash\npython train.py experiment=name\n```" in report
     assert "| task | 3.50 ± 1.50 |" in report
+
+
+def test_curves_of_many_arms_are_means_against_what_is_asked_for(tmp_path, monkeypatch):
+    drawn = []
+    plot = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: drawn.append((self, a, k)) or plot(self, *a, **k))
+    runs = [Run(f"arm_{arm}", seed, tmp_path / f"arm_{arm}" / f"seed_{seed}") for arm in range(8) for seed in range(2)]
+    for index, run in enumerate(runs):
+        write_json(run.results, {"updates": 10, "seconds": 1.0, "metrics": {"accuracy": [50.0]}})
+        rows = [f"{step},0,1,{step // 5},{index + step}" for step in (5, 10)]
+        (run.folder / "eval.csv").write_text("\n".join(["updates,env_steps,seconds,classes,accuracy", *rows]) + "\n")
+    config = {"name": "name", "summary": "A summary.", "notes": [], "curves_against": "classes"}
+    write_report(OmegaConf.create(config), ["experiment=name"], runs, tmp_path)
+    assert {axis.get_title() for axis, _, _ in drawn} == {"accuracy"}
+    assert drawn[0][0].get_xlabel() == "classes"
+    means = {settings["label"]: arguments for _, arguments, settings in drawn if settings["label"]}
+    assert len(means) == 8
+    assert means["arm_3"] == ([1.0, 2.0], [6.5 + 5, 6.5 + 10])
+    assert len({str(settings["color"]) for _, _, settings in drawn}) == 8
+    assert (tmp_path / "learning_curves.png").exists()
