@@ -26,11 +26,13 @@ class ImageStore(ABC):
         image_shape: (C, H, H).
         kind: number of the store in the files that hold its images.
         model: checksum of the model that reading them takes, 0 for none.
+        fallbacks: how often something had to be written in another way than was asked for.
     """
 
     image_shape: tuple[int, ...]
     kind: int
     model = 0
+    fallbacks = 0
 
     @abstractmethod
     def shrink(self, images: Tensor) -> Any:
@@ -97,8 +99,7 @@ class RawStore(ImageStore):
 class CodeStore(ImageStore):
     """The codes of a frozen codec.
 
-    What was packed is unpacked at once and compared; should it ever differ, static frequencies take its place, and
-    `fallbacks` counts it.
+    What was packed is unpacked at once and compared; should it ever differ, static frequencies take its place.
 
     Args:
         codec: frozen.
@@ -113,7 +114,6 @@ class CodeStore(ImageStore):
         self.stream = codec.stream(stream)
         self.kind = {"fixed": 1, "static": 2, "bits_back": 3}[stream]
         self._static = codec.stream("static")
-        self.fallbacks = 0
 
     def to(self, device: torch.device | str) -> None:
         self.codec.to(device)

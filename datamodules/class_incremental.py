@@ -247,6 +247,7 @@ class ClassIncrementalDataModule(ImageDataModule):
         self.raw = ExemplarMemory(RawStore(shape), raw_per_class * int(np.prod(shape)))
         self.raw_per_class = raw_per_class
         self.finished = 0  # tasks
+        self.fallbacks = 0  # tasks after which the store could not write as it was asked to
         self._current: _Training | None = None
 
     @property
@@ -291,7 +292,9 @@ class ClassIncrementalDataModule(ImageDataModule):
         module.end_task(first)
         exemplars = [self._ordered(module, label) for label in range(first, seen)]
         self.raw.add([own[: self.raw_per_class] for own in exemplars])
+        before = self.memory.store.fallbacks
         self.memory.add([own[self.raw_per_class :] for own in exemplars])
+        self.fallbacks += self.memory.store.fallbacks > before
         self.finished = task + 1
 
     def _ordered(self, module: Any, label: int) -> Tensor:
@@ -349,6 +352,8 @@ class ClassIncrementalDataModule(ImageDataModule):
         counts = self.memory.counts
         return {
             "images_per_class": sum(counts) / len(counts),
+            "bytes_per_image": self.memory.bytes / max(1, sum(counts)),
+            "fallbacks": self.fallbacks,
             "bytes": payload,
             "bytes_with_decoder": payload + models["reading"],
             "bytes_with_models": payload + models["all"],
@@ -356,10 +361,10 @@ class ClassIncrementalDataModule(ImageDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         files = {name: _as_tensor(memory.file) for name, memory in (("memory", self.memory), ("raw", self.raw))}
-        return {"finished": self.finished, **files}
+        return {"finished": self.finished, "fallbacks": self.fallbacks, **files}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.finished = state_dict["finished"]
+        self.finished, self.fallbacks = state_dict["finished"], state_dict["fallbacks"]
         classes = self.seen(self.finished - 1) if self.finished else 0
         for name, memory in (("memory", self.memory), ("raw", self.raw)):
             memory.load(state_dict[name].numpy().tobytes(), classes, f"the checkpoint's {name}")
@@ -497,4 +502,7 @@ class CodecTask:
             coded = self.codec.stream("bits_back").coder.encode(result["codes"])
             found["bits_back_net_bits"] = coded.net_bits / count
             found["bits_back_initial_bits"] = coded.initial_bits
+            saved = (found["static_bits"] - found["bits_back_net_bits"]) / 8
+            if saved > 0:  # images from which on bits back saves more than its model takes
+                found["break_even_images"] = self.codec.model_bytes()["code_model"] / saved
         return {f"{self.name}/{name}": [value] for name, value in found.items()}
