@@ -23,6 +23,7 @@ from components.checks import check_counts
 
 _Coder = constriction.stream.stack.AnsCoder
 _CATEGORICAL = constriction.stream.model.Categorical(perfect=False)  # an exact one takes 45 times as long
+_CHUNK = 1000  # samples that a table of probabilities is made for at once
 _STATE_WORDS = 2  # of the coder's head, beside which words lie untouched
 
 
@@ -88,13 +89,18 @@ class BitsBackCoder:
         self._gaussian = constriction.stream.model.QuantizedGaussian(-edge, edge)
 
     def encode(self, x: Tensor) -> Coded:
-        """Samples [n, d], integers from 0 to K - 1."""
+        """Samples [n, d], integers from 0 to K - 1.
+
+        Raises:
+            ValueError: they are others, or the model's answers are no distributions.
+        """
         assert x.ndim == 2
         assert x.shape[1] == self.model.symbols
         # The first block needs at most three bytes for a latent; where later ones dig deeper, all starts anew.
         lent = 16 + sum(self.model.latents)
         while True:
-            coded = self._encode(x, lent)
+            with _sound(f"{len(x)} samples can't be coded: expected integers that the model knows"):
+                coded = self._encode(x, lent)
             if coded is not None:
                 return coded
             lent *= 2
@@ -132,7 +138,7 @@ class BitsBackCoder:
         Raises:
             ValueError: the stream is not one of so many samples, of this model, from a machine that calculates alike.
         """
-        with _sound(words):
+        with _sound(_undecodable(words)):
             coder = _Coder(words)
             blocks = []
             for size in reversed(list(block_sizes(count, self.block))):
@@ -213,9 +219,8 @@ def block_sizes(count: int, most: int) -> Iterator[int]:
 def encode_static(x: Tensor, probabilities: np.ndarray) -> np.ndarray:
     """Words of samples [n, d], each symbol with frequencies of its place, [d, K]; no latents, nothing lent."""
     coder = _Coder()
-    table = np.ascontiguousarray(np.tile(probabilities, (len(x), 1)), dtype=np.float32)
-    if len(x):
-        coder.encode_reverse(_symbols(x), _CATEGORICAL, table)
+    for part in x.split(_CHUNK) if len(x) else ():
+        coder.encode_reverse(_symbols(part), _CATEGORICAL, _table(probabilities, len(part)))
     return coder.get_compressed()
 
 
@@ -225,14 +230,18 @@ def decode_static(words: np.ndarray, count: int, probabilities: np.ndarray) -> T
     Raises:
         ValueError: the words are not of so many samples with these frequencies.
     """
-    places = len(probabilities)
-    with _sound(words):
+    sizes = [min(_CHUNK, count - begin) for begin in range(0, count, _CHUNK)]
+    with _sound(_undecodable(words)):
         coder = _Coder(words)
-        table = np.ascontiguousarray(np.tile(probabilities, (count, 1)), dtype=np.float32)
-        popped = coder.decode(_CATEGORICAL, table) if count else np.zeros(0)
+        popped = [coder.decode(_CATEGORICAL, _table(probabilities, size)) for size in reversed(sizes)]
         if not coder.is_empty():
             raise ValueError("something is left over")
-    return torch.from_numpy(popped.astype(np.int64)).view(count, places)
+    symbols = np.concatenate([np.zeros(0, np.int64), *reversed(popped)]).astype(np.int64)
+    return torch.from_numpy(symbols).view(count, len(probabilities))
+
+
+def _table(probabilities: np.ndarray, count: int) -> np.ndarray:
+    return np.tile(probabilities.astype(np.float32), (count, 1))
 
 
 def _symbols(values: Tensor) -> np.ndarray:
@@ -257,14 +266,18 @@ def _exactly() -> Iterator[None]:
 
 
 @contextmanager
-def _sound(words: np.ndarray) -> Iterator[None]:
-    """Names a stream that can't be decoded; the coder's own errors are no `Exception`s."""
+def _sound(sentence: str) -> Iterator[None]:
+    """Begins errors with a sentence; the coder's own are no `Exception`s."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        raise ValueError(
-            f"A stream of {len(words)} words can't be decoded: expected one of this model and number of samples, found"
-            f" another, or a damaged one ({error})."
-        ) from error
+        raise ValueError(f"{sentence} ({error}).") from error
+
+
+def _undecodable(words: np.ndarray) -> str:
+    return (
+        f"A stream of {len(words)} words can't be decoded: expected one of this model and number of samples, found"
+        " another, or a damaged one"
+    )

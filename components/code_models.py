@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from components.checks import check_counts
+from components.distributed import average_
 from components.vqvae import ResidualBlock
 
 
 def place_frequencies(codes: Tensor, values: int) -> Tensor:
     """How often each place of codes [n, S] has each value, half an observation added to all: [S, K] float64."""
-    counts = nn.functional.one_hot(codes, values).sum(0).double() + 0.5
+    places = codes.shape[1]
+    numbered = codes + values * torch.arange(places, device=codes.device)
+    counts = torch.bincount(numbered.flatten(), minlength=places * values).view(places, values).double() + 0.5
     return counts / counts.sum(1, keepdim=True)
 
 
@@ -121,5 +124,8 @@ class CategoricalVAE(nn.Module):
         """
         data, latent = self.rate(codes)
         latent = latent.mean(0)
-        loss = data.mean() + latent_weight * latent.clamp(min=self.free_bits).sum()
+        over_all = latent.detach().clone()
+        average_([over_all])  # what is free is decided by the whole batch
+        charged = torch.where(over_all > self.free_bits, latent, self.free_bits)
+        loss = data.mean() + latent_weight * charged.sum()
         return loss, (data.mean() + latent.sum()).detach()

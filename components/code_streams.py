@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from components.bits_back import BitsBackCoder, decode_static, encode_static
+from components.bits_back import BitsBackCoder, Coded, decode_static, encode_static
 
 
 class CodeStream(ABC):
@@ -76,13 +76,18 @@ class BitsBack(CodeStream):
     Args:
         model: a `LatentVariableModel`; a copy of it is used, on the CPU and in double precision.
         block: images in a block at most.
+
+    Attributes:
+        latest: what was packed last, with its net and initial bits.
     """
 
     def __init__(self, model: nn.Module, block: int = 100) -> None:
         self.coder = BitsBackCoder(copy.deepcopy(model).cpu().double().eval().requires_grad_(False), block)
+        self.latest: Coded | None = None
 
     def pack(self, codes: Tensor) -> bytes:
-        return _bytes(self.coder.encode(codes).words)
+        self.latest = self.coder.encode(codes)
+        return _bytes(self.latest.words)
 
     def unpack(self, payload: bytes, count: int) -> Tensor:
         return self.coder.decode(_words(payload), count)

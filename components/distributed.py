@@ -43,7 +43,7 @@ def own_rows(x: Tensor) -> Tensor:
 @torch.no_grad()
 def sum_(tensors: Sequence[Tensor]) -> None:
     """Sum tensors over processes, in place, as one flat message."""
-    if world_size() == 1:
+    if world_size() == 1 or not tensors:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
@@ -55,7 +55,7 @@ def sum_(tensors: Sequence[Tensor]) -> None:
 def average_(tensors: Sequence[Tensor]) -> None:
     """Average tensors over processes, in place, as one flat message."""
     sum_(tensors)
-    if world_size() > 1:
+    if world_size() > 1 and tensors:
         torch._foreach_div_(list(tensors), world_size())
 
 

@@ -26,13 +26,11 @@ class ImageStore(ABC):
         image_shape: (C, H, H).
         kind: number of the store in the files that hold its images.
         model: checksum of the model that reading them takes, 0 for none.
-        fallbacks: how often something had to be written in another way than was asked for.
     """
 
     image_shape: tuple[int, ...]
     kind: int
     model = 0
-    fallbacks = 0
 
     @abstractmethod
     def shrink(self, images: Tensor) -> Any:
@@ -56,6 +54,10 @@ class ImageStore(ABC):
     def charged(self, file: bytes, payload: int) -> int:
         """Bytes that a memory's file, of which so many are payload, counts."""
         return len(file)
+
+    def fell_back(self, payload: bytes) -> bool:
+        """Whether something had to be written in another way than was asked for."""
+        return False
 
     def to(self, device: torch.device | str) -> None:  # noqa: B027 - most stores have no networks
         """Let networks run on a device."""
@@ -120,25 +122,26 @@ class CodeStore(ImageStore):
 
     def model_bytes(self) -> dict[str, int]:
         bytes_of = self.codec.model_bytes()
-        stream = {1: 0, 2: bytes_of["frequencies"], 3: bytes_of["code_model"]}[self.kind]
+        # Bits back may have to fall back on frequencies.
+        stream = {1: 0, 2: bytes_of["frequencies"], 3: bytes_of["frequencies"] + bytes_of["code_model"]}[self.kind]
         reading = bytes_of["decode_path"] + stream
         return {"reading": reading, "all": reading + bytes_of["encoder"]}
 
     def shrink(self, images: Tensor) -> Tensor:
+        assert self.codec.checksum() == self.model  # it is the codec that it was
         return self.codec.encode(images)
 
     def pack(self, items: Tensor) -> bytes:
-        payload = b"\0" + self.stream.pack(items)
-        if self._intact(payload, items):
-            return payload
-        self.fallbacks += 1
+        try:
+            payload = b"\0" + self.stream.pack(items)
+            if torch.equal(self.unpack(payload, len(items)), items):
+                return payload
+        except ValueError:
+            pass
         return b"\1" + self._static.pack(items)
 
-    def _intact(self, payload: bytes, items: Tensor) -> bool:
-        try:
-            return torch.equal(self.unpack(payload, len(items)), items)
-        except ValueError:
-            return False
+    def fell_back(self, payload: bytes) -> bool:
+        return payload[:1] == b"\1"
 
     def unpack(self, payload: bytes, count: int) -> Tensor:
         if payload[:1] not in (b"\0", b"\1"):
@@ -147,6 +150,7 @@ class CodeStore(ImageStore):
         return stream.unpack(payload[1:], count)
 
     def restore(self, items: Tensor) -> Tensor:
+        assert self.codec.checksum() == self.model
         return self.codec.decode(items)
 
 
@@ -190,6 +194,7 @@ class PillowStore(ImageStore):
         self._settings = {"method": 6} if format == "webp" else {}
         blank = torch.zeros(self.image_shape, dtype=torch.uint8)
         self._header, _ = self._split(self._file(blank))
+        self.model = zlib.crc32(self._header, quality)  # JPEG's holds the tables of a quality
 
     def _file(self, image: Tensor) -> bytes:
         channels = self.image_shape[0]
@@ -254,6 +259,8 @@ def write_exemplars(store: ImageStore, counts: Sequence[int], payload: bytes) ->
     """A file: so many exemplars of each class, one class after the other. Nothing at all where there are none."""
     if not sum(counts):
         return b""
+    if max(counts) > 0xFFFF:
+        raise ValueError(f"{max(counts)} exemplars of a class: expected at most {0xFFFF}.")
     body = _HEADER.pack(_MAGIC, store.kind, len(counts), store.model) + struct.pack(f"<{len(counts)}H", *counts)
     return body + struct.pack("<I", zlib.crc32(payload, zlib.crc32(body))) + payload
 
@@ -299,6 +306,7 @@ class ExemplarMemory:
         self.items: list[Any] = []  # of each class
         self.file = b""
         self.bytes = 0  # that are charged
+        self.fell_back = False  # the latest file is not written as was asked for
 
     @property
     def counts(self) -> list[int]:
@@ -307,35 +315,42 @@ class ExemplarMemory:
     def add(self, images: Sequence[Tensor]) -> None:
         """Exemplars [n, C, H, H] of classes that follow on those known, the most important first; then drop."""
         self.items += [self.store.shrink(own) for own in images]
-        most = self._most()
+        most, written = self._fitting()
         self.items = [items[:most] for items in self.items]
-        self.file, self.bytes = self._write(most)
+        self.file, self.bytes, self.fell_back = written
 
-    def _most(self) -> int:
-        """How many of each class fit, found by doubling and halving."""
+    def _fitting(self) -> tuple[int, tuple[bytes, int, bool]]:
+        """How many of each class fit at most, and what is written of them.
+
+        Writing is dear: numbers are tried by turns where the bytes of an image so far say that the limit is, and in the
+        middle of what is left.
+        """
         largest = max(self.counts, default=0)
         if self.bytes_per_class is None:
-            return largest
-        if self.bytes_per_class == 0:
-            return 0
+            return largest, self._write(largest)
         allowed = self.bytes_per_class * len(self.items)
-        fits, tried = 0, 1
-        while tried <= largest and self._write(tried)[1] <= allowed:
-            fits, tried = tried, 2 * tried
-        above = min(tried, largest + 1)
+        fits, above, written, tried, trials = 0, largest + 1, (b"", 0, False), 1, 0
         while above - fits > 1:
-            middle = (fits + above) // 2
-            if self._write(middle)[1] <= allowed:
-                fits = middle
+            found = self._write(tried)
+            images = sum(min(count, tried) for count in self.counts)
+            if found[1] <= allowed:
+                fits, written = tried, found
             else:
-                above = middle
-        return fits
+                above = tried
+            trials += 1
+            expected = allowed * images // max(1, found[1]) // len(self.items)
+            tried = expected if trials % 2 else (fits + above) // 2
+            tried = min(max(tried, fits + 1), above - 1)
+        return fits, written
 
-    def _write(self, most: int) -> tuple[bytes, int]:
+    def _write(self, most: int) -> tuple[bytes, int, bool]:
+        """A file, the bytes of it that count, and whether it is not written as was asked for."""
         kept = [items[:most] for items in self.items]
         payload = self.store.pack(self._joined(kept))
         file = write_exemplars(self.store, [len(items) for items in kept], payload)
-        return file, self.store.charged(file, len(payload)) if file else 0
+        if not file:
+            return b"", 0, False
+        return file, self.store.charged(file, len(payload)), self.store.fell_back(payload)
 
     def images(self) -> tuple[Tensor, Tensor]:
         """All exemplars as they are replayed, [n, C, H, H] uint8, and their classes [n]."""

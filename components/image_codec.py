@@ -47,7 +47,7 @@ class ImageCodec(nn.Module):
         self.code_model = code_model(code_shapes=self.autoencoder.code_shapes, codes=self.autoencoder.codes)
         self.block = block
         uniform = torch.full((self.autoencoder.symbols, self.autoencoder.codes), 1 / self.autoencoder.codes)
-        self.register_buffer("frequencies", uniform.double())
+        self.register_buffer("frequencies", uniform)
         self.frozen = self.frozen_autoencoder = False
 
     def freeze(self) -> "ImageCodec":
@@ -71,16 +71,14 @@ class ImageCodec(nn.Module):
         """[n, C, H, H] uint8 -> [n, S] int64, on the CPU."""
         assert not self.autoencoder.training
         device = self.frequencies.device
-        parts = [self.autoencoder.encode(chunk.to(device)).cpu() for chunk in images.split(_CHUNK)]
-        return torch.cat(parts) if parts else torch.zeros(0, self.autoencoder.symbols, dtype=torch.int64)
+        return torch.cat([self.autoencoder.encode(chunk.to(device)).cpu() for chunk in images.split(_CHUNK)])
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """[n, S] -> [n, C, H, H] uint8, on the CPU."""
         assert not self.autoencoder.training
         device, make = self.frequencies.device, self.autoencoder
-        parts = [make.to_images(make.decode(chunk.to(device))).cpu() for chunk in codes.split(_CHUNK)]
-        return torch.cat(parts) if parts else torch.zeros(0, *make.image_shape, dtype=torch.uint8)
+        return torch.cat([make.to_images(make.decode(chunk.to(device))).cpu() for chunk in codes.split(_CHUNK)])
 
     def stream(self, name: str) -> CodeStream:
         """A way to write codes down: ``fixed``, ``static`` or ``bits_back``."""
@@ -131,7 +129,7 @@ class ImageCodec(nn.Module):
     def model_bytes(self) -> dict[str, int]:
         """Bytes of the weights: ``encoder``, ``decode_path`` (decoder, codebooks), ``code_model``, ``frequencies``.
 
-        Averages that only training needs don't count. A code model is needed whole: decoding runs its inference too.
+        What only training needs doesn't count. A code model is needed whole: decoding runs its inference too.
         """
         decode_path = ("decoder.", "upsampling.")
         sizes = dict.fromkeys(("encoder", "decode_path", "code_model", "frequencies"), 0)
@@ -141,6 +139,6 @@ class ImageCodec(nn.Module):
                 sizes[part] += tensor.nbytes
             elif rest.startswith(decode_path) or rest.endswith("codebook"):
                 sizes["decode_path"] += tensor.nbytes
-            elif not rest.endswith((".counts", ".sums", ".begun")):
+            elif not rest.endswith((".counts", ".sums", ".begun")) and not rest.startswith("entropy."):
                 sizes["encoder"] += tensor.nbytes
         return sizes

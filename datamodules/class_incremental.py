@@ -292,10 +292,20 @@ class ClassIncrementalDataModule(ImageDataModule):
         module.end_task(first)
         exemplars = [self._ordered(module, label) for label in range(first, seen)]
         self.raw.add([own[: self.raw_per_class] for own in exemplars])
-        before = self.memory.store.fallbacks
         self.memory.add([own[self.raw_per_class :] for own in exemplars])
-        self.fallbacks += self.memory.store.fallbacks > before
+        self._share_memories(seen)
+        self.fallbacks += self.memory.fell_back
         self.finished = task + 1
+
+    def _share_memories(self, classes: int) -> None:
+        """All processes go on with the files of the first, should theirs differ in a bit."""
+        if world_size() == 1:
+            return
+        files = [self.raw.file, self.memory.file]
+        torch.distributed.broadcast_object_list(files, src=0)
+        for memory, file in zip((self.raw, self.memory), files):
+            if memory.file != file:
+                memory.load(file, classes, "the first process's memory")
 
     def _ordered(self, module: Any, label: int) -> Tensor:
         """Images of a class, the most important first."""
@@ -312,10 +322,11 @@ class ClassIncrementalDataModule(ImageDataModule):
         task = self.task_at(module.updates)
         if task == len(self.task_updates):  # a finished run that is resumed
             return Stacks(lambda update: TensorDict(), self.updates_per_step, module.updates, module.updates)
-        training, shape = self._begin(module, task), (self.updates_per_step, self.share())
-        pair_shape = (self.updates_per_step, self.pairs // world_size())
+        shape, pair_shape = (self.updates_per_step, self.share()), (self.updates_per_step, self._pair_share(module))
 
         def draw(update: int) -> TensorDict:
+            # Not before: a run that resumes has its random state only once training begins.
+            training = self._begin(module, task)
             generator = batch_generator(self.seed, update)
             image, label = training.images.draw(shape, generator)
             batch = {"image": image, "label": label}
@@ -324,6 +335,14 @@ class ClassIncrementalDataModule(ImageDataModule):
             return TensorDict(batch, batch_size=[self.updates_per_step])
 
         return Stacks(draw, self.updates_per_step, module.updates, sum(self.task_updates[: task + 1]))
+
+    def _pair_share(self, module: Any) -> int:
+        """The pairs that a process draws."""
+        if getattr(module, "information_back", 0) and not self.pairs:
+            raise ValueError("datamodule.pairs=0: expected 1 or more where module.information_back is above 0.")
+        if self.pairs % world_size():
+            raise ValueError(f"datamodule.pairs={self.pairs} can't be split over {world_size()} processes.")
+        return self.pairs // world_size()
 
     def val_dataloader(self) -> "_TaskEnd":
         return _TaskEnd(partial(self._task, final=False))
@@ -492,17 +511,22 @@ class CodecTask:
             if name.endswith("_perplexity")
         }
         if self.coding:
-            count = len(self.images)
-            for name in STREAMS:
-                stream = self.codec.stream(name)
-                payload = stream.pack(result["codes"])
-                if not torch.equal(stream.unpack(payload, count), result["codes"]):
-                    raise ValueError(f"{name}: codes did not come back as they were.")
-                found[f"{name}_bits"] = 8 * len(payload) / count
-            coded = self.codec.stream("bits_back").coder.encode(result["codes"])
-            found["bits_back_net_bits"] = coded.net_bits / count
-            found["bits_back_initial_bits"] = coded.initial_bits
-            saved = (found["static_bits"] - found["bits_back_net_bits"]) / 8
-            if saved > 0:  # images from which on bits back saves more than its model takes
-                found["break_even_images"] = self.codec.model_bytes()["code_model"] / saved
+            found |= self._coded(result["codes"])
         return {f"{self.name}/{name}": [value] for name, value in found.items()}
+
+    def _coded(self, codes: Tensor) -> dict[str, float]:
+        count, found = len(codes), {}
+        for name in STREAMS:
+            stream = self.codec.stream(name)
+            payload = stream.pack(codes)
+            if not torch.equal(stream.unpack(payload, count), codes):
+                raise ValueError(f"{name}: codes did not come back as they were.")
+            found[f"{name}_bits"] = 8 * len(payload) / count
+            if name == "bits_back":
+                found["bits_back_net_bits"] = stream.latest.net_bits / count
+                found["bits_back_initial_bits"] = stream.latest.initial_bits
+        saved = (found["static_bits"] - found["bits_back_bits"]) / 8
+        if saved > 0:  # images from which on bits back saves more than its model takes beyond the frequencies
+            sizes = self.codec.model_bytes()
+            found["break_even_images"] = (sizes["code_model"] - sizes["frequencies"]) / saved
+        return found

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from components.class_incremental import align_weights
 from components.contrastive import supervised_contrastive_loss
-from components.distributed import broadcast_
+from components.distributed import average_, broadcast_, rank
 from lightning_modules.base import LearningMethod
 
 
@@ -121,11 +121,16 @@ class ClassIncremental(LearningMethod):
             made += self.projection.parameters()
         for parameter in made:
             broadcast_(parameter)
-        self.optimizer.state.clear()
+        for state in self.optimizer.state.values():  # in place: a captured graph holds on to these tensors
+            for value in state.values():
+                if torch.is_tensor(value):
+                    value.zero_()
 
     @torch.no_grad()
     def end_task(self, known: int) -> None:
         """A task is learned, before which there were `known` classes."""
+        # Statistics of batch normalisation are each process's own until here.
+        average_([buffer for buffer in self.network.buffers() if buffer.is_floating_point()])
         if self.align and known:
             align_weights(self.head.weight, known, int(self.seen.sum()))
 
@@ -163,7 +168,7 @@ class ClassIncremental(LearningMethod):
         """Of images beside their reconstructions [P, 2, C, H, H], each augmented by itself, and their classes [P]."""
         views = torch.cat([pair[:, 0], pair[:, 1]])
         if self.pairs == "instance":
-            label = torch.arange(len(label), device=label.device)
+            label = rank() * len(label) + torch.arange(len(label), device=label.device)
         projected = self.projection(self.features(self.augmentation(views)))
         return supervised_contrastive_loss(projected, label.repeat(2), self.temperature)
 

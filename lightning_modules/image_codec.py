@@ -92,7 +92,7 @@ class ImageCodecTraining(LearningMethod):
         if self.updates == self.autoencoder_updates:
             frequencies = place_frequencies(self.codec.encode(images), self.codec.autoencoder.codes)
             self.codec.frequencies.copy_(frequencies)
-            self.codec.code_model.begin(frequencies.to(self.device))
+            self.codec.code_model.begin(self.codec.frequencies)
 
     def learning_rate_factors(self) -> list[float]:
         first, second = self._progress()

@@ -171,12 +171,42 @@ def test_what_is_wrong_with_a_file_is_one_sentence(store, codec):
 def test_codes_that_do_not_come_back_are_stored_by_frequencies(codec, monkeypatch):
     store = CodeStore(codec, "bits_back")
     items = store.shrink(images(30))
-    assert store.unpack(store.pack(items), 30).shape == items.shape
-    assert store.fallbacks == 0
-    monkeypatch.setattr(store.stream, "unpack", lambda payload, count: items + 1)
-    payload = store.pack(items)
-    assert store.fallbacks == 1
-    assert torch.equal(store.unpack(payload, 30), items)
+    assert not store.fell_back(store.pack(items))
+    memory = ExemplarMemory(store, None)
+    memory.add([images(30)])
+    assert not memory.fell_back
+
+    def panics(codes):
+        raise ValueError("30 samples can't be coded")
+
+    for name, broken in (("unpack", lambda payload, count: items + 1), ("pack", panics)):
+        with monkeypatch.context() as patch:
+            patch.setattr(store.stream, name, broken)
+            payload = store.pack(items)
+            assert store.fell_back(payload)
+            assert torch.equal(store.unpack(payload, 30), items)
+            memory.add([images(30, seed=1)])
+            assert memory.fell_back
+
+
+def test_what_fits_is_found_in_few_trials(monkeypatch):
+    store = RawStore((1, 16, 16))
+    trials, write = [], ExemplarMemory._write
+    monkeypatch.setattr(ExemplarMemory, "_write", lambda self, most: trials.append(most) or write(self, most))
+    for allowed, expected in ((200 * 256, 200), (73 * 256, 73), (10**6, 300), (256, 1), (255, 0)):
+        trials.clear()
+        memory = ExemplarMemory(store, allowed)
+        memory.add([torch.zeros(300, 1, 16, 16, dtype=torch.uint8)] * 2)
+        assert memory.counts == [expected] * 2
+        assert len(trials) <= 4
+
+
+def test_jpeg_of_another_quality_is_refused():
+    stores = [PillowStore((1, 16, 16), "jpeg", quality) for quality in (10, 50)]
+    memory = ExemplarMemory(stores[0], None)
+    memory.add([images(5)])
+    with pytest.raises(ValueError, match="expected exemplars coded by model"):
+        ExemplarMemory(stores[1], None).load(memory.file, 1, "a file")
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ from lightning_modules.image_codec import ImageCodecTraining
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS, GROUP_ROWS = 32, 4
+FREE_BITS = 0.2  # about what an untrained model's latents have
 OBJECTIVES = {
     "aw_softmax": partial(AdvantageWeighted, weighting="softmax"),
     "aw_iwis": partial(AdvantageWeighted, weighting="iwis"),
@@ -128,12 +129,36 @@ def gradients() -> dict[str, list[torch.Tensor]]:
     found["pixels"] = pixel_gradients(batch)
     pairs = torch.randint(256, (ROWS, 2, 1, 8, 8), generator=generator, dtype=torch.uint8)[share]
     labels = (torch.arange(ROWS) % 3)[share]
-    found["classifier"] = classifier_gradients(pairs, labels)
+    for positives in ("class", "instance"):
+        found[f"classifier, {positives}"] = classifier_gradients(pairs, labels, positives)
     found["autoencoder"] = autoencoder_gradients(pairs[:, 0])
+    found["code model"] = code_model_gradients(torch.randint(6, (ROWS, 4), generator=generator)[share])
     return found
 
 
-def classifier_gradients(pairs: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
+def code_model_gradients(codes: torch.Tensor) -> list[torch.Tensor]:
+    """With free bits about as many as there are, and the same noise in all rows."""
+    torch.manual_seed(3)
+    model = CategoricalVAE([(2, 2)], 6, width=8, latent_channels=3, embedding=4, free_bits=FREE_BITS)
+    module = ImageCodecTraining(
+        [1, 8, 8],
+        codec=partial(
+            ImageCodec,
+            autoencoder=partial(VQVAE, codes=6, dim=4, width=8, blocks=1, block_width=4),
+            code_model=lambda **sizes: model,
+        ),
+        autoencoder_updates=1,
+        updates=2,
+    )
+    randn_like, torch.randn_like = torch.randn_like, lambda x: torch.sin(50 * x.detach() + 1)
+    try:
+        loss, _ = model.loss(codes)
+    finally:
+        torch.randn_like = randn_like
+    return minimised(module, loss, module.code_model_optimizer)
+
+
+def classifier_gradients(pairs: torch.Tensor, labels: torch.Tensor, positives: str) -> list[torch.Tensor]:
     """Of the cross-entropy and the contrastive loss, which compares all views with each other."""
     torch.manual_seed(3)
     module = ClassIncremental(
@@ -143,6 +168,7 @@ def classifier_gradients(pairs: torch.Tensor, labels: torch.Tensor) -> list[torc
         task_updates=[1],
         optimizer=partial(torch.optim.SGD, lr=0.0),
         information_back=1.0,
+        pairs=positives,
         updates=1,
     )
     module.begin_task(0, 3)
@@ -217,8 +243,10 @@ CASES = [
     *REPRESENTATIONS,
     *(f"{o}, {r}" for o in OBJECTIVES for r in ("one_block", "four_blocks")),
     "pixels",
-    "classifier",
+    "classifier, class",
+    "classifier, instance",
     "autoencoder",
+    "code model",
     *(f"actor-critic {part}, {m}" for part in ("critic", "pessimism", "actor", "temperature") for m in (1, 5)),
 ]
 

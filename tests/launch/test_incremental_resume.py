@@ -53,6 +53,23 @@ def test_killed_runs_go_on_bit_for_bit(assert_same_runs, program, spawn, wait_fo
     assert_same_runs(folder, uninterrupted, ["codec", "bits_back_64"], holds=("exp_avg_sq",))
 
 
+def test_a_run_goes_on_from_the_end_of_a_task(
+    assert_same_runs, program, spawn, wait_for_updates, uninterrupted, tmp_path
+):
+    """The rows of new classes are drawn when a task begins, which then is after a resumption."""
+    arguments = (*SMALL, "checkpoint_every=1000", f"output_root={tmp_path}")
+    process = spawn(*arguments)
+    wait_for_updates(process, tmp_path, "bits_back_64", 70)
+    process.kill()
+    process.wait()
+    (folder,) = (tmp_path / "drr_digits").iterdir()
+    saved = load_checkpoint(folder / "bits_back_64" / "seed_0" / "checkpoints" / "last.ckpt")
+    assert saved["learning_method"]["updates"] in (60, 80, 100, 120)
+    finished = program("experiment=drr_digits", f"ckpt_path={folder}")
+    assert finished.code == 0, finished.err
+    assert_same_runs(folder, uninterrupted, ["codec", "bits_back_64"], holds=("exp_avg_sq",))
+
+
 def test_a_report_of_all_arms(uninterrupted):
     report = (uninterrupted / "report.md").read_text()
     assert "| | codec | bits_back_64 |" in report

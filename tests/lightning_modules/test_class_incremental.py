@@ -56,13 +56,15 @@ def test_a_new_task_keeps_old_rows_and_makes_new_ones_and_forgets_the_optimiser(
     assert torch.equal(module.head.weight[:2], before[:2])
     assert torch.equal(module.head.weight[4:], before[4:])
     assert not (module.head.weight[2:4] == before[2:4]).any()
-    assert not module.optimizer.state
+    states = [value for state in module.optimizer.state.values() for value in state.values()]
+    assert states
+    assert not any(value.any() for value in states)
     assert module.seen.tolist() == [True] * 4 + [False] * 2
     module.update(batch(4))
     after = module.head.weight.clone()
     module.begin_task(1, 4)  # a run that is resumed in the middle of it
     assert torch.equal(module.head.weight, after)
-    assert module.optimizer.state
+    assert any(value.any() for state in module.optimizer.state.values() for value in state.values())
 
 
 @pytest.mark.parametrize("pairs", ["class", "instance"])
@@ -78,6 +80,22 @@ def test_information_back_adds_the_contrast_of_both_views(pairs):
     torch.testing.assert_close(metrics["contrastive_loss"], contrast.detach())
     torch.testing.assert_close(metrics["loss"], (expected + 0.5 * contrast).detach())
     assert made().projection is None
+
+
+@pytest.mark.parametrize(
+    "optimizer", [partial(torch.optim.Adam, lr=1e-2), partial(torch.optim.SGD, lr=0.1, momentum=0.9)]
+)
+def test_a_state_of_zeros_is_a_fresh_optimiser(optimizer):
+    module = made(optimizer=optimizer)
+    module.begin_task(0, 2)
+    module.update(batch())
+    module.begin_task(1, 4)
+    fresh = made(optimizer=optimizer)
+    fresh.load_state_dict(module.state_dict())
+    for each in (module, fresh):
+        each.update(batch(4))
+    for one, another in zip(module.parameters(), fresh.parameters()):
+        assert torch.equal(one, another)
 
 
 def test_learning_rates_fall_within_each_task():
