@@ -142,6 +142,7 @@ def _plot_curves(
             curves.setdefault(metric, {}).setdefault(run.arm, []).append(tuple(map(list, zip(*points))))
     if not curves:
         return None
+    curves = dict(sorted(curves.items(), key=lambda item: -len(item[1])))  # what most arms have comes first
     trained = list(dict.fromkeys(run.arm for run in runs))
     crowded = max(len(by_arm) for by_arm in curves.values()) > 6
     columns, scale = (min(3, len(curves)), 1.5) if crowded else (min(4, len(curves)), 1.0)
