@@ -9,6 +9,7 @@ import struct
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -361,6 +362,14 @@ class ExemplarMemory:
         if not items:
             return self.store.shrink(torch.zeros(0, *self.store.image_shape, dtype=torch.uint8))
         return torch.cat(items) if torch.is_tensor(items[0]) else [item for own in items for item in own]
+
+    def save(self, path: str | Path) -> None:
+        """Write the file, beside its destination first."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.saving")
+        temporary.write_bytes(self.file)
+        temporary.replace(path)
 
     def load(self, file: bytes, classes: int, name: str) -> None:
         """Take over what another memory's `file` holds of so many classes.

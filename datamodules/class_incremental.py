@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from components.checks import check_counts
 from components.class_incremental import average_incremental_accuracy, forgetting, herding
-from components.distributed import world_size
+from components.distributed import rank, world_size
 from components.exemplars import ExemplarMemory, ImageStore, RawStore
 from components.image_codec import STREAMS, ImageCodec
 from datamodules.images import LabelledImages
@@ -90,13 +91,13 @@ class ImageDataModule(L.LightningDataModule):
         order = np.arange(count)
         if self.order_seed is not None:
             order = np.random.RandomState(self.order_seed).permutation(count)
-        rank = torch.from_numpy(np.argsort(order))
+        places = torch.from_numpy(np.argsort(order))
         chosen = self._some(every.labels, self.per_class), self._some(every.test_labels, self.test_per_class)
         return LabelledImages(
             every.images[chosen[0]],
-            rank[every.labels[chosen[0]]],
+            places[every.labels[chosen[0]]],
             every.test_images[chosen[1]],
-            rank[every.test_labels[chosen[1]]],
+            places[every.test_labels[chosen[1]]],
         )
 
     def _some(self, labels: Tensor, most: int | None) -> Tensor:
@@ -201,6 +202,7 @@ class ClassIncrementalDataModule(ImageDataModule):
         task_updates: updates of each task.
         store: makes what keeps exemplars, called with `image_shape`.
         bytes_per_class: budget of the memory for each class seen; None keeps all images, 0 none.
+        memory_folder: where the memory's files are written after each task, for whoever wants them.
         raw_per_class: exemplars of each class that are kept as they are besides, for Information Back and for replay.
         view: how a task's own images are shown: ``raw``, as the memory would restore them (``reconstructed``), or
             ``both``, each as often. Old classes are only ever seen as restored; a classifier that sees new ones only as
@@ -217,6 +219,7 @@ class ClassIncrementalDataModule(ImageDataModule):
         task_updates: Sequence[int],
         store: Callable[..., ImageStore],
         bytes_per_class: int | None,
+        memory_folder: str,
         raw_per_class: int = 0,
         view: str = "both",
         selection: str = "random",
@@ -245,6 +248,7 @@ class ClassIncrementalDataModule(ImageDataModule):
         self.pairs = pairs
         self.memory = ExemplarMemory(store(image_shape=shape), bytes_per_class)
         self.raw = ExemplarMemory(RawStore(shape), raw_per_class * int(np.prod(shape)))
+        self.memory_folder = Path(memory_folder)
         self.raw_per_class = raw_per_class
         self.finished = 0  # tasks
         self.fallbacks = 0  # tasks after which the store could not write as it was asked to
@@ -296,6 +300,9 @@ class ClassIncrementalDataModule(ImageDataModule):
         self._share_memories(seen)
         self.fallbacks += self.memory.fell_back
         self.finished = task + 1
+        if rank() == 0:
+            for name, memory in (("memory", self.memory), ("raw", self.raw)):
+                memory.save(self.memory_folder / f"{name}.bin")
 
     def _share_memories(self, classes: int) -> None:
         """All processes go on with the files of the first, should theirs differ in a bit."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 from torch import Tensor, nn
 
-from components.bits_back import BitsBackCoder, _lent_words, block_sizes, decode_static, encode_static
+from components.bits_back import _CATEGORICAL, BitsBackCoder, _lent_words, block_sizes, decode_static, encode_static
 
 EDGE = 192  # of the grid, in steps
 LEAST = 2.0**-24  # the probability that the coder gives to every symbol at least
@@ -119,6 +119,52 @@ def test_a_decoder_that_ignores_the_latents_makes_static_coding():
     static = encode_static(x, probabilities)
     assert abs(32 * len(static) - expected) <= 64 + 1e-3 * x.numel()
     assert torch.equal(decode_static(static, 300, probabilities), x)
+
+
+class DiscreteCoder(BitsBackCoder):
+    """Latents of a few values, and the exact posterior or another one."""
+
+    def __init__(self, prior: np.ndarray, given: np.ndarray, posterior: np.ndarray) -> None:
+        super().__init__(Chain(1, given.shape[1], (1,)), 1)
+        self.prior, self.given, self.posterior = prior, given, posterior
+
+    def _prior(self, size):
+        return (np.tile(self.prior, (size, 1)).astype(np.float32),)
+
+    def _infer(self, layer, below):
+        return (self.posterior[below.flatten().numpy()].astype(np.float32),)
+
+    def _probabilities(self, above):
+        return self.given[above.flatten().numpy()].astype(np.float32)
+
+    def _pop(self, coder, table):
+        return torch.from_numpy(coder.decode(_CATEGORICAL, table)).view(-1, 1)
+
+    def _push(self, coder, latents, table):
+        coder.encode_reverse(latents.flatten().numpy().astype(np.int32), _CATEGORICAL, table)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_with_the_exact_posterior_the_length_is_that_of_the_marginal_whatever_was_popped(exact):
+    """-log2 p(x) for every sample; with another posterior, what its own latents cost."""
+    generator = np.random.default_rng(3)
+    prior, given = generator.dirichlet(np.ones(4)), generator.dirichlet(np.ones(7), 4)
+    joint = prior[:, None] * given
+    posterior = (joint / joint.sum(0)).T
+    if not exact:
+        posterior = generator.dirichlet(np.ones(4), 7)
+    x = torch.from_numpy(generator.choice(7, (600, 1), p=joint.sum(0)))
+    coder, popped = DiscreteCoder(prior, given, posterior), []
+    pop = coder._pop
+    coder._pop = lambda *arguments: popped.append(pop(*arguments)) or popped[-1]
+    coded = coder.encode(x)
+    z = torch.cat(popped).flatten().numpy()
+    values = x.flatten().numpy()
+    expected = np.log2(posterior[values, z]) - np.log2(given[z, values]) - np.log2(prior[z])
+    assert coded.net_bits == pytest.approx(expected.sum(), abs=2 + 1e-3 * 600)
+    if exact:
+        assert coded.net_bits == pytest.approx(-np.log2(joint.sum(0))[values].sum(), abs=2 + 1e-3 * 600)
+    assert torch.equal(DiscreteCoder(prior, given, posterior).decode(coded.words, 600), x)
 
 
 def test_mean_net_length_is_minus_elbo():

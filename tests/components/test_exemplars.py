@@ -77,6 +77,12 @@ def test_codes_take_fewer_bytes_the_more_is_known_of_them(codec):
     entropy = -(codec.frequencies.log2()[torch.arange(16), codes]).sum().item() / 8
     assert sizes["fixed"] == 200 * 16 * 4 // 8
     assert sizes["static"] == pytest.approx(entropy, abs=8)
+    places = torch.stack([codes[:, place].bincount(minlength=11) for place in range(16)]).double()
+
+    def entropy_of(counts: torch.Tensor) -> float:
+        return torch.special.entr(counts / counts.sum(-1, keepdim=True)).sum(-1).mean().item() / np.log(2)
+
+    assert 4 >= entropy_of(places.sum(0)) >= entropy_of(places)
     assert sizes["static"] < sizes["fixed"]
 
 

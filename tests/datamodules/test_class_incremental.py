@@ -1,4 +1,5 @@
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -42,8 +43,14 @@ class Recorder(SimpleNamespace):
         return images.flatten(1).float()
 
 
+@pytest.fixture(autouse=True)
+def somewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
 def made(module: Recorder | None = None, **settings) -> ClassIncrementalDataModule:
     defaults = {
+        "memory_folder": "memory",
         "base_classes": 2,
         "classes_per_task": 2,
         "batch_size": 8,
@@ -100,6 +107,8 @@ def test_a_task_has_its_own_images_and_the_exemplars_of_those_before():
         assert len(last[last[:, 0, 0, 0] == label].flatten(1).unique(dim=0)) == 2
     assert data.memory.counts == [2] * 6
     assert data.finished == 3
+    assert Path("memory/memory.bin").read_bytes() == data.memory.file
+    assert sorted(path.name for path in Path("memory").iterdir()) == ["memory.bin", "raw.bin"]
 
 
 def test_every_class_that_is_there_is_equally_likely():

@@ -312,6 +312,32 @@ def test_two_processes_run_from_the_command_line_and_resume(resumed):
     assert not torch.equal(processes[0]["random"]["torch"], processes[1]["random"]["torch"])
 
 
+def test_two_processes_learn_one_class_after_the_other_and_resume(spawn, wait_for_updates, tmp_path):
+    """The codec, too: both processes read what the first has written."""
+    arguments = (
+        "experiment=drr_digits",
+        *(f"~arms.{arm}" for arm in ("fine_tuning", "joint", "raw_64", "fixed_64", "static_64")),
+        *(f"~arms.{arm}" for arm in ("raw_128", "fixed_128", "static_128", "bits_back_128")),
+        "num_seeds=1",
+        "codec_updates={autoencoder: 30, code_model: 30}",
+        "task_updates=[20, 10, 10, 10, 10, 10]",
+        "checkpoint_every=10",
+        "module.log_every=5",
+        *DDP,
+        f"output_root={tmp_path}",
+    )
+    first = spawn(*arguments)
+    wait_for_updates(first, tmp_path, "bits_back_64", 30)
+    first.kill()
+    first.wait()
+    folder, out = finish(spawn(*arguments, "ckpt_path=last"))
+    assert "resuming after" in out
+    run = folder / "bits_back_64" / "seed_0"
+    assert [int(row["updates"]) for row in read_rows(run / "train.csv")[1]] == list(range(5, 71, 5))
+    assert [float(row["test/classes"]) for row in read_rows(run / "eval.csv")[1]] == [5, 6, 7, 8, 9, 10]
+    assert (run / "memory" / "memory.bin").exists()
+
+
 def test_a_process_whose_launcher_is_killed_before_they_meet_ends(spawn, one_arm, tmp_path):
     first = spawn(*one_arm, *DDP, f"output_root={tmp_path}")
     children = Path(f"/proc/{first.pid}/task/{first.pid}/children")
