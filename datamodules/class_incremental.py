@@ -35,6 +35,7 @@ class ImageDataModule(L.LightningDataModule):
         dataset: makes the images.
         base_classes: in the first group.
         classes_per_task: in each of the others.
+        classes: that are used in all, the first of their order; None for all.
         per_class: training images of each class at most; None for all.
         test_per_class: the same for tests.
         order_seed: of the order of classes, a permutation by NumPy's legacy generator, as published protocols have it;
@@ -54,6 +55,7 @@ class ImageDataModule(L.LightningDataModule):
         classes_per_task: int,
         batch_size: int,
         updates_per_step: int = 1,
+        classes: int | None = None,
         per_class: int | None = None,
         test_per_class: int | None = None,
         order_seed: int | None = 1993,
@@ -61,6 +63,7 @@ class ImageDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         check_counts(
+            classes=1 if classes is None else classes,
             base_classes=base_classes,
             classes_per_task=classes_per_task,
             batch_size=batch_size,
@@ -71,6 +74,7 @@ class ImageDataModule(L.LightningDataModule):
         self._make_dataset = dataset
         self.base_classes = base_classes
         self.classes_per_task = classes_per_task
+        self.most_classes = classes
         self.per_class = per_class
         self.test_per_class = test_per_class
         self.order_seed = order_seed
@@ -82,29 +86,31 @@ class ImageDataModule(L.LightningDataModule):
     def data(self) -> LabelledImages:
         """The images that are used, labels in the order in which their classes come."""
         every = self._make_dataset()
-        count = int(every.labels.max()) + 1
+        there = int(every.labels.max()) + 1
+        count = there if self.most_classes is None else self.most_classes
+        if count > there:
+            raise ValueError(f"classes={count}: expected at most the data's {there}.")
         if (count - self.base_classes) % self.classes_per_task or count < self.base_classes:
             raise ValueError(
                 f"base_classes={self.base_classes}, classes_per_task={self.classes_per_task}: expected to make up the "
-                f"data's {count} classes."
+                f"{count} classes."
             )
-        order = np.arange(count)
+        order = np.arange(there)
         if self.order_seed is not None:
-            order = np.random.RandomState(self.order_seed).permutation(count)
+            order = np.random.RandomState(self.order_seed).permutation(there)
         places = torch.from_numpy(np.argsort(order))
-        chosen = self._some(every.labels, self.per_class), self._some(every.test_labels, self.test_per_class)
+        labels, test_labels = places[every.labels], places[every.test_labels]
+        chosen = self._some(labels, count, self.per_class)
+        chosen_tests = self._some(test_labels, count, self.test_per_class)
         return LabelledImages(
-            every.images[chosen[0]],
-            places[every.labels[chosen[0]]],
-            every.test_images[chosen[1]],
-            places[every.test_labels[chosen[1]]],
+            every.images[chosen], labels[chosen], every.test_images[chosen_tests], test_labels[chosen_tests]
         )
 
-    def _some(self, labels: Tensor, most: int | None) -> Tensor:
+    def _some(self, labels: Tensor, classes: int, most: int | None) -> Tensor:
         """Which images are used: the first of each class."""
         if most is None:
-            return torch.arange(len(labels))
-        return torch.cat([(labels == label).nonzero()[:most, 0] for label in labels.unique()])
+            return (labels < classes).nonzero()[:, 0]
+        return torch.cat([(labels == label).nonzero()[:most, 0] for label in range(classes)])
 
     @property
     def classes(self) -> int:

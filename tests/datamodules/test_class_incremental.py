@@ -90,6 +90,45 @@ def test_classes_come_in_the_order_of_published_protocols():
     assert few.test_labels.bincount().tolist() == [3] * 6
 
 
+def test_the_first_classes_of_an_order_can_be_used_alone():
+    every, some = made().data, made(classes=4, task_updates=[3, 2]).data
+    assert some.labels.bincount().tolist() == [12] * 4
+    assert some.test_labels.bincount().tolist() == [5] * 4
+    assert torch.equal(some.images, every.images[every.labels < 4])
+    assert torch.equal(some.test_images, every.test_images[every.test_labels < 4])
+
+
+class Lossless(RawStore):
+    """Stands for a codec that loses nothing: other items, the same images."""
+
+    def shrink(self, images: torch.Tensor) -> torch.Tensor:
+        return 255 - images
+
+    def restore(self, items: torch.Tensor) -> torch.Tensor:
+        return 255 - items
+
+
+@pytest.mark.parametrize("view", ["raw", "reconstructed"])
+def test_a_codec_that_loses_nothing_is_plain_replay(view):
+    plain = run(made(view="raw"))
+    coded = run(made(view=view, store=Lossless))
+    for one, another in zip(plain, coded, strict=True):
+        assert torch.equal(one["image"], another["image"])
+        assert torch.equal(one["label"], another["label"])
+
+
+@pytest.mark.parametrize(
+    ("budget", "last"), [(0, {4, 5}), (None, {0, 1, 2, 3, 4, 5})], ids=["fine-tuning", "joint training"]
+)
+def test_limits_of_the_budget(budget, last):
+    data = made(bytes_per_class=budget, order_seed=None, batch_size=512, view="raw", task_updates=[1, 1, 2])
+    *_, batch = run(data, 4)
+    assert set(batch["label"].flatten().tolist()) == last
+    found = batch["image"][0].flatten(1).unique(dim=0)
+    own = torch.stack([image for image, label in zip(data.data.images, data.data.labels) if label.item() in last])
+    assert torch.equal(found, own.flatten(1).unique(dim=0))
+
+
 def test_a_task_has_its_own_images_and_the_exemplars_of_those_before():
     module = Recorder()
     data = made(module, order_seed=None, batch_size=64, view="raw")
@@ -208,7 +247,9 @@ def test_scores_are_of_all_classes_seen():
     [
         ({"task_updates": [3, 2]}, r"task_updates=\[3, 2\]: expected 3 numbers, one for each task"),
         ({"task_updates": [3, 0, 2]}, r"task_updates\[1\]=0: expected at least 1"),
-        ({"base_classes": 3}, "base_classes=3, classes_per_task=2: expected to make up the data's 6 classes"),
+        ({"base_classes": 3}, "base_classes=3, classes_per_task=2: expected to make up the 6 classes"),
+        ({"classes": 5}, "base_classes=2, classes_per_task=2: expected to make up the 5 classes"),
+        ({"classes": 8}, "classes=8: expected at most the data's 6"),
         ({"view": "x"}, "Unknown view='x'"),
         ({"selection": "x"}, "Unknown selection='x'"),
         ({"pairs": -1}, "pairs=-1: expected 0 or more"),
