@@ -68,7 +68,7 @@ def _markdown(
     overrides: Sequence[str],
     summary: Mapping[str, Any],
     runs: Sequence[Any],
-    curves: str | None,
+    curves: Sequence[str],
     folder: Path,
 ) -> str:
     arms = summary["arms"]
@@ -85,8 +85,8 @@ def _markdown(
     for note in config.notes:
         lines += [note, ""]
     lines += [f"Training and evaluation took {_times(runs)}.", ""]
-    if curves:
-        lines += [f"![learning curves]({curves})", ""]
+    for name in curves:
+        lines += [f"![learning curves]({name})", ""]
     for name, what in PICTURES.items():
         for run in runs:
             picture = run.folder / name
@@ -115,37 +115,53 @@ def _times(runs: Sequence[Any]) -> str:
 
 def _plot_curves(
     config: DictConfig, runs: Sequence[Any], arms: Mapping[str, Mapping[str, Any]], folder: Path
-) -> str | None:
-    """Every metric against environment steps, or updates where none are taken; all arms and references in each picture.
+) -> list[str]:
+    """Pictures of every metric against environment steps, or updates where none are taken.
 
-    Where the metric that `config.curves_against` names was recorded, the others are drawn against it. Many arms get
-    larger pictures, with their seeds behind their mean. None if nothing was evaluated.
+    Where the metric that `config.curves_against` names was recorded, the others are drawn against it, in a picture of
+    their own that comes first. No pictures if nothing was evaluated.
     """
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    curves: dict[str, dict[str, list[tuple[list[float], list[float]]]]] = {}
-    clocks: dict[str, str] = {}  # of each metric
+    curves: dict[str, _Curves] = {}  # by what they are drawn against
     for run in runs:
         path = run.folder / "eval.csv"
         if not path.exists():
             continue
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
-        for metric in rows[0] if rows else ():
+        if not rows:
+            continue
+        clock = "env_steps" if int(rows[-1]["env_steps"]) else "updates"
+        clock = config.curves_against if config.curves_against in rows[0] else clock
+        for metric in rows[0]:
             if metric in ("updates", "env_steps", "seconds", config.curves_against):
                 continue
-            clock = "env_steps" if int(rows[-1]["env_steps"]) else "updates"
-            clock = config.curves_against if config.curves_against in rows[0] else clock
-            clocks[metric] = clock
             points = [(float(row[clock]), float(row[metric])) for row in rows if row[metric]]
-            curves.setdefault(metric, {}).setdefault(run.arm, []).append(tuple(map(list, zip(*points))))
-    if not curves:
-        return None
-    curves = dict(sorted(curves.items(), key=lambda item: -len(item[1])))  # what most arms have comes first
+            by_arm = curves.setdefault(clock, {}).setdefault(metric, {})
+            by_arm.setdefault(run.arm, []).append(tuple(map(list, zip(*points))))
     trained = list(dict.fromkeys(run.arm for run in runs))
+    names = []
+    for clock in sorted(curves, key=lambda clock: clock != config.curves_against):
+        names.append(f"learning_curves{f'_{len(names) + 1}' * bool(names)}.png")
+        _plot(curves[clock], clock.split("/")[-1].replace("env_", "environment "), trained, arms, folder / names[-1])
+    return names
+
+
+_Curves = dict[str, dict[str, list[tuple[list[float], list[float]]]]]  # of a metric and an arm, each seed's points
+
+
+def _plot(
+    curves: _Curves, clock: str, trained: Sequence[str], arms: Mapping[str, Mapping[str, Any]], path: Path
+) -> None:
+    """One picture, all arms and references in each of its panels.
+
+    Many arms get larger panels, with their seeds behind their mean.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
     crowded = max(len(by_arm) for by_arm in curves.values()) > 6
     columns, scale = (min(3, len(curves)), 1.5) if crowded else (min(4, len(curves)), 1.0)
+    scale = 2.4 if crowded and len(curves) == 1 else scale
     rows_count = math.ceil(len(curves) / columns)
     figure = Figure(figsize=(scale * 3.4 * columns, scale * 2.7 * rows_count), layout="constrained")
     axes = figure.subplots(rows_count, columns, squeeze=False).flatten()
@@ -168,14 +184,13 @@ def _plot_curves(
             axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=7)
-        axis.set_xlabel(clocks[metric].split("/")[-1].replace("env_", "environment "), fontsize=7)
+        axis.set_xlabel(clock, fontsize=7)
     for axis in axes[len(curves) :]:
         axis.set_axis_off()
     entries = {}
     for axis in axes:  # not every arm has every metric
         entries |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels())}
     labels = list(entries)
-    figure.legend(entries.values(), labels, loc="outside lower center", ncols=min(8, len(labels)), fontsize=8)
-    name = "learning_curves.png"
-    figure.savefig(folder / name, dpi=120)
-    return name
+    fitting = max(2, int(figure.get_figwidth() / 2))
+    figure.legend(entries.values(), labels, loc="outside lower center", ncols=min(fitting, len(labels)), fontsize=8)
+    figure.savefig(path, dpi=120)

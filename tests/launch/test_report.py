@@ -45,3 +45,23 @@ def test_curves_of_many_arms_are_means_against_what_is_asked_for(tmp_path, monke
     assert means["arm_3"] == ([1.0, 2.0], [6.5 + 5, 6.5 + 10])
     assert len({str(settings["color"]) for _, _, settings in drawn}) == 8
     assert (tmp_path / "learning_curves.png").exists()
+    assert not (tmp_path / "learning_curves_2.png").exists()
+
+
+def test_what_is_drawn_against_something_else_gets_a_picture_of_its_own(tmp_path, monkeypatch):
+    drawn = {}
+    plot = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: drawn.setdefault(self, a) and plot(self, *a, **k))
+    runs = [Run(arm, 0, tmp_path / arm / "seed_0") for arm in ("codec", "classifier")]
+    for run, header, values in zip(runs, ("psnr", "classes,accuracy"), ("2", "2,3")):
+        write_json(run.results, {"updates": 5, "seconds": 1.0, "metrics": {}})
+        (run.folder / "eval.csv").write_text(f"updates,env_steps,seconds,{header}\n5,0,1,{values}\n")
+    config = {"name": "name", "summary": "A summary.", "notes": [], "curves_against": "classes"}
+    write_report(OmegaConf.create(config), ["experiment=name"], runs, tmp_path)
+    assert {axis.get_title(): (axis.get_xlabel(), *points) for axis, points in drawn.items()} == {
+        "accuracy": ("classes", [2.0], [3.0]),
+        "psnr": ("updates", [5.0], [2.0]),
+    }
+    report = (tmp_path / "report.md").read_text()
+    assert report.index("](learning_curves.png)") < report.index("](learning_curves_2.png)")
+    assert (tmp_path / "learning_curves_2.png").exists()
