@@ -1,0 +1,122 @@
+"""Expert vectors: what a language model's singular values are scaled by for a task; kept in files, and mixed.
+
+Sun, Cetin and Tang, "Transformer-Squared: Self-adaptive LLMs", arXiv 2501.06252, sections 3.2 and 3.3.
+
+Dimensions: K experts, A adapted matrices, r singular values of one.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from components.singular_values import checksum
+
+FORMAT = "tenfold-expert-1"
+
+
+def model_checksum(model: nn.Module) -> str:
+    """Of all weights of a model that has not been adapted yet."""
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        digest.update(f"{name} {checksum(weight)}".encode())
+    return digest.hexdigest()[:32]
+
+
+@dataclass
+class Expert:
+    """Scales z [r] of the singular values of each adapted matrix, by the name of its layer.
+
+    Attributes:
+        scales: single precision, on the CPU.
+        base: `model_checksum` of the model that they are of.
+        task: what it was trained for.
+        largest: z comes from `largest * sigmoid(p)`; None where z was trained itself.
+        rescale: of `SingularValueScaling`.
+    """
+
+    scales: dict[str, Tensor]
+    base: str
+    task: str
+    largest: float | None
+    rescale: str
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, beside its destination first."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.saving")
+        metadata = {
+            "format": FORMAT,
+            "base": self.base,
+            "task": self.task,
+            "largest": "" if self.largest is None else repr(self.largest),
+            "rescale": self.rescale,
+        }
+        save_file({name: scales.contiguous() for name, scales in self.scales.items()}, temporary, metadata)
+        temporary.replace(path)
+
+    @staticmethod
+    def load(path: str | Path, base: str) -> "Expert":
+        """What `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no expert, or one of another model than `base`.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: expected the file of an expert vector, found none.")
+        try:
+            with safe_open(path, "pt") as file:
+                found = file.metadata() or {}
+                scales = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: expected the file of an expert vector, found a damaged one ({error}).") from None
+        if found.get("format") != FORMAT:
+            raise ValueError(f"{path}: expected the file of an expert vector, found another kind of file.")
+        if found["base"] != base:
+            raise ValueError(f"{path}: expected an expert of the model {base}, found one of the model {found['base']}.")
+        largest = float(found["largest"]) if found["largest"] else None
+        return Expert(scales, found["base"], found["task"], largest, found["rescale"])
+
+    def shuffled(self, seed: int) -> "Expert":
+        """A control: every matrix' scales in another order, so that only their distribution is left."""
+        generator = torch.Generator().manual_seed(seed)
+        scales = {name: z[torch.randperm(len(z), generator=generator)] for name, z in self.scales.items()}
+        return Expert(scales, self.base, self.task, self.largest, self.rescale)
+
+    def raw(self) -> dict[str, Tensor]:
+        """p of z = largest * sigmoid(p), which the authors' code mixes; z where that is what was trained."""
+        if self.largest is None:
+            return self.scales
+        return {name: (z / self.largest).logit() for name, z in self.scales.items()}
+
+
+def mixed(experts: Sequence[Expert], weights: Tensor, space: str = "z") -> dict[str, Tensor]:
+    """Scales of a mixture of experts of one model, in which each has a weight, or one for each matrix.
+
+    Args:
+        experts: K.
+        weights: [K], or [K, A] in the order of the experts' matrices.
+        space: what is mixed: scales ``z`` (the paper), or the ``raw`` numbers before the sigmoid, used as scales (the
+            authors' code, where an expert alone is not itself).
+    """
+    if space not in ("z", "raw"):
+        raise ValueError(f"Unknown mix_space={space!r}: expected z or raw.")
+    vectors: list[Mapping[str, Tensor]] = [each.scales if space == "z" else each.raw() for each in experts]
+    names = list(vectors[0])
+    for expert, vector in zip(experts, vectors):
+        if list(vector) != names:
+            raise ValueError(f"The expert of {expert.task} adapts other matrices than that of {experts[0].task}.")
+    weights = weights.cpu()
+    columns = weights[:, None].expand(-1, len(names)) if weights.dim() == 1 else weights
+    return {
+        name: sum(weight * vector[name] for weight, vector in zip(columns[:, place], vectors))
+        for place, name in enumerate(names)
+    }
