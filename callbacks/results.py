@@ -14,7 +14,7 @@ from launch.files import write_json
 class Results(L.Callback):
     """Writes the scores of the final evaluation to `folder/results.json`: every metric's values, one for each episode.
 
-    The file marks a run as finished.
+    The file marks a run as finished, and says what it was composed of.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -25,7 +25,7 @@ class Results(L.Callback):
         if stage != "test" or not module.scores:  # after pictures and films, which others make when the test ends
             return
         results = {"updates": module.updates, "seconds": round(module.elapsed(), 1), "metrics": module.scores}
-        write_json(self.folder / "results.json", results)
+        write_json(self.folder / "results.json", {**results, "recipe": module.recipe})
 
 
 class RewardCurves(L.Callback):

@@ -82,6 +82,8 @@ class BitsBackCoder:
 
     def __init__(self, model: LatentVariableModel, block: int = 100, step: float = 1 / 32, bound: float = 6.0) -> None:
         check_counts(block=block)
+        if step <= 0 or bound < step:
+            raise ValueError(f"step={step}, bound={bound}: expected a step above 0 and a bound of at least a step.")
         self.model = model
         self.block = block
         self.step = step
@@ -94,8 +96,8 @@ class BitsBackCoder:
         Raises:
             ValueError: they are others, or the model's answers are no distributions.
         """
-        assert x.ndim == 2
-        assert x.shape[1] == self.model.symbols
+        if x.ndim != 2 or x.shape[1] != self.model.symbols:
+            raise ValueError(f"Samples of shape {list(x.shape)}: expected [n, {self.model.symbols}].")
         # The first block needs at most three bytes for a latent; where later ones dig deeper, all starts anew.
         lent = 16 + sum(self.model.latents)
         while True:
@@ -170,7 +172,7 @@ class BitsBackCoder:
     def _rounded(self, asked: Callable[..., tuple[Tensor, Tensor]], *arguments: Any) -> tuple[np.ndarray, np.ndarray]:
         with _exactly():
             mean, std = asked(*arguments)
-            assert mean.dtype == torch.float64
+            _check_precision(mean)
             mean = (mean / self.step * 64).round() / 64
             std = ((std / self.step).log2() * 64).round().div(64).exp2()
         return mean.numpy(), std.numpy()
@@ -179,7 +181,7 @@ class BitsBackCoder:
         """[n d, K], float32."""
         with _exactly():
             logits = self.model.logits(self._values(above))
-            assert logits.dtype == torch.float64
+            _check_precision(logits)
             table = ((logits * 256).round() / 256).softmax(-1).flatten(0, 1).float()
         # A table that does not lie row by row is misread without a word.
         return np.ascontiguousarray(table.numpy())
@@ -219,8 +221,9 @@ def block_sizes(count: int, most: int) -> Iterator[int]:
 def encode_static(x: Tensor, probabilities: np.ndarray) -> np.ndarray:
     """Words of samples [n, d], each symbol with frequencies of its place, [d, K]; no latents, nothing lent."""
     coder = _Coder()
-    for part in x.split(_CHUNK) if len(x) else ():
-        coder.encode_reverse(_symbols(part), _CATEGORICAL, _table(probabilities, len(part)))
+    with _sound(f"{len(x)} samples can't be coded: expected integers that the frequencies know, two at least"):
+        for part in x.split(_CHUNK) if len(x) else ():
+            coder.encode_reverse(_symbols(part), _CATEGORICAL, _table(probabilities, len(part)))
     return coder.get_compressed()
 
 
@@ -238,6 +241,11 @@ def decode_static(words: np.ndarray, count: int, probabilities: np.ndarray) -> T
             raise ValueError("something is left over")
     symbols = np.concatenate([np.zeros(0, np.int64), *reversed(popped)]).astype(np.int64)
     return torch.from_numpy(symbols).view(count, len(probabilities))
+
+
+def _check_precision(answer: Tensor) -> None:
+    if answer.dtype != torch.float64:
+        raise ValueError(f"expected a model in double precision, as after .double(), found {answer.dtype}")
 
 
 def _table(probabilities: np.ndarray, count: int) -> np.ndarray:

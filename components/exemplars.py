@@ -315,6 +315,11 @@ class ExemplarMemory:
 
     def add(self, images: Sequence[Tensor]) -> None:
         """Exemplars [n, C, H, H] of classes that follow on those known, the most important first; then drop."""
+        for own in images:
+            if own.dtype != torch.uint8 or tuple(own.shape[1:]) != self.store.image_shape:
+                raise ValueError(
+                    f"Images of {own.dtype} {list(own.shape[1:])}: expected uint8 {list(self.store.image_shape)}."
+                )
         self.items += [self.store.shrink(own) for own in images]
         most, written = self._fitting()
         self.items = [items[:most] for items in self.items]
@@ -372,13 +377,15 @@ class ExemplarMemory:
         temporary.replace(path)
 
     def load(self, file: bytes, classes: int, name: str) -> None:
-        """Take over what another memory's `file` holds of so many classes.
+        """Take over what the bytes of another memory's `file` hold of so many classes; no bytes are no exemplars.
 
         Raises:
             ValueError: it is damaged, of another kind or of another model.
         """
         counts, payload = read_exemplars(self.store, file, name)
         counts = counts or [0] * classes
+        if len(counts) != classes:
+            raise ValueError(f"{name}: expected exemplars of {classes} classes, found {len(counts)}.")
         try:
             items = self.store.unpack(payload, sum(counts)) if file else self._joined([])
         except ValueError as error:

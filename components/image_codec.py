@@ -113,7 +113,9 @@ class ImageCodec(nn.Module):
             ValueError: it is damaged, or of a codec of other sizes.
         """
         if not Path(path).is_file():
-            raise FileNotFoundError(f"codec={path}: expected a trained codec, found none; the arm `codec` trains it.")
+            raise FileNotFoundError(
+                f"codec={path}: expected a trained codec, found none; `module=image_codec` trains one."
+            )
         try:
             state = load_file(path)
         except SafetensorError as error:

@@ -50,7 +50,9 @@ class VectorQuantizer(nn.Module):
         self, dim: int, codes: int, decay: float = 0.99, eps: float = 1e-5, restart_below: float = 0.05
     ) -> None:
         super().__init__()
-        check_counts(dim=dim, codes=codes)
+        check_counts(dim=dim)
+        if codes < 2:
+            raise ValueError(f"codes={codes}: expected at least 2.")
         if not 0 <= decay < 1:
             raise ValueError(f"decay={decay}: expected from 0 to less than 1 for the codebook's averages.")
         if restart_below < 0:

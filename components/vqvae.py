@@ -88,6 +88,8 @@ class DiscreteAutoencoder(nn.Module, ABC):
         return images.float() / 127.5 - 1
 
     def _padded(self, images: Tensor) -> Tensor:
+        if images.shape[1:] != self.image_shape:
+            raise ValueError(f"Images of shape {list(images.shape[1:])}: expected {list(self.image_shape)}.")
         return nn.functional.pad(self.scaled(images), self._border * 2, value=-1.0)
 
     def _cropped(self, x: Tensor) -> Tensor:
@@ -117,7 +119,7 @@ class VQVAE(DiscreteAutoencoder):
         width: channels.
         blocks: residual blocks at each end.
         block_width: channels inside of them.
-        halvings: how often the size is halved, 1 or 2.
+        halvings: how often the size is halved.
         quantizer: further arguments of `VectorQuantizer`.
     """
 
@@ -217,6 +219,8 @@ def _encoder(in_channels: int, width: int, halvings: int, blocks: int, block_wid
     channels = [in_channels, *(width // 2 ** (halvings - step) for step in range(1, halvings)), width]
     if halvings == 1:
         channels = [in_channels, width // 2]
+    if min(channels) < 1:
+        raise ValueError(f"width={width}: expected one that can be halved as often as the size, {halvings} times.")
     for inside, outside in itertools.pairwise(channels):
         layers += [nn.Conv2d(inside, outside, 4, 2, 1), nn.ReLU()]
     layers.append(nn.Conv2d(channels[-1], width, 3, padding=1))

@@ -233,6 +233,8 @@ class ClassIncrementalDataModule(ImageDataModule):
         **settings: Any,
     ) -> None:
         super().__init__(dataset, **settings)
+        if isinstance(task_updates, int):
+            raise ValueError(f"task_updates={task_updates}: expected a list of numbers, one for each task.")
         check_counts(**{f"task_updates[{index}]": updates for index, updates in enumerate(task_updates)})
         for name, value in (("raw_per_class", raw_per_class), ("pairs", pairs)):
             if value < 0:

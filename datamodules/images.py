@@ -60,6 +60,8 @@ def fashion_mnist(folder: str = "/usr/share/datasets/fashion-mnist") -> Labelled
     for which in ("train", "t10k"):
         images = _read_idx(Path(folder) / f"{which}-images-idx3-ubyte.gz", 3)
         labels = _read_idx(Path(folder) / f"{which}-labels-idx1-ubyte.gz", 1)
+        if len(labels) and labels.max() > 9:
+            raise ValueError(f"{folder}: expected labels from 0 to 9 of {which} images, found {labels.max()}.")
         if len(images) != len(labels):
             raise ValueError(
                 f"{folder}: expected as many labels as {which} images, {len(images)}, found {len(labels)}."
@@ -106,12 +108,22 @@ def cifar100(folder: str) -> LabelledImages:
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path}: expected a file of CIFAR-100, found none; unpack cifar-100-python.tar.gz (169 MB, from "
-                "https://www.cs.toronto.edu/~kriz/cifar.html) and set datamodule.dataset.folder."
+                "https://www.cs.toronto.edu/~kriz/cifar.html) and set dataset.folder."
             )
         try:
             content = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="bytes").load()
             images, labels = np.asarray(content[b"data"]), np.asarray(content[b"fine_labels"], dtype=np.int64)
-        except (pickle.UnpicklingError, EOFError, KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
+        except (
+            pickle.UnpicklingError,
+            EOFError,
+            KeyError,
+            TypeError,
+            IndexError,
+            ValueError,
+            AttributeError,
+            MemoryError,
+            SystemError,
+        ) as error:
             raise ValueError(f"{path}: expected a python file of CIFAR-100, found another ({error!r}).") from error
         if images.dtype != np.uint8 or images.ndim != 2 or images.shape != (len(labels), 3072):
             raise ValueError(

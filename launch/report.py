@@ -79,7 +79,7 @@ def _markdown(
     lines += [f"Seeds {summary['seeds']}; mean ± standard error over {'seeds' if several else 'episodes'}.", ""]
     lines += [f"| | {' | '.join(arms)} |", f"|---|{'---:|' * len(arms)}"]
     for metric in metrics:
-        cells = [_cell(arm.get(metric)) for arm in arms.values()]
+        cells = [_cell(arm.get(metric), len(summary["seeds"])) for arm in arms.values()]
         lines.append(f"| {metric.removesuffix('/return')} | {' | '.join(cells)} |")
     lines.append("")
     for note in config.notes:
@@ -96,9 +96,11 @@ def _markdown(
     return "\n".join(lines)
 
 
-def _cell(value: Mapping[str, float] | None) -> str:
+def _cell(value: Mapping[str, float] | None, seeds: int = 1) -> str:
     if value is None:
         return "-"
+    if value["n"] < seeds:  # some had no such number
+        return f"{_cell(value)} (n={value['n']})"
     digits = 0 if abs(value["mean"]) >= 100 else 1 if abs(value["mean"]) >= 10 else 2 if abs(value["mean"]) >= 1 else 3
     if value["n"] == 1:
         return f"{value['mean']:.{digits}f}"

@@ -15,6 +15,7 @@ import lightning as L
 import torch
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
@@ -75,6 +76,7 @@ def _run_study(folder: Path, overrides: list[str]) -> None:
     for run in runs:
         check_values(configs[run])
     pending = [run for run in runs if not _finished(run, configs[run])]
+    _check_finished(runs, pending, configs)
     announce(config, overrides, runs, pending, folder)
     try:
         for run in pending:
@@ -173,7 +175,16 @@ def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 def run_config(run: Run, overrides: list[str]) -> DictConfig:
     """The configuration of one arm with one seed: the experiment's, then the arm's overrides, then the user's."""
     arms = _arms(compose("train", overrides))
-    config = compose("train", [*arms[run.arm], *overrides, f"seed={run.seed}"])
+    try:
+        config = compose("train", [*arms[run.arm], *overrides, f"seed={run.seed}"])
+    except ConfigCompositionException as error:
+        unknown = re.search(r"Could not override '([^']+)'", str(error))
+        if unknown is None or len(arms) == 1:
+            raise
+        raise CommandLineError(
+            f"{unknown[1]}: what is typed holds for all arms, and the arm {run.arm} has no such key; leave it out with "
+            f"arms.{run.arm}=null, or give it to one arm, as in '+arms.mine=[\"{unknown[1]}=VALUE\"]'."
+        ) from error
     config.run_dir = str(run.folder)
     config.study_dir = str(run.folder.parents[1])
     config.arm = run.arm
@@ -228,8 +239,36 @@ def _finished(run: Run, config: DictConfig) -> bool:
     return run.results.exists() and json.loads(run.results.read_text())["updates"] >= config.module.updates
 
 
+def _check_finished(runs: list[Run], pending: list[Run], configs: Mapping[Run, DictConfig]) -> None:
+    """Raise a ValueError if results that would be kept were made in another way than is asked for now."""
+    exceeded = {run: f"{run.folder}{os.sep}" for run in pending if run.results.exists()}
+    for run in runs:
+        if run in pending:
+            continue
+        advice = f"start anew without ckpt_path, or delete {run.results}"
+        saved = json.loads(run.results.read_text()).get("recipe") or {}
+        now = OmegaConf.to_container(configs[run], resolve=True)
+        before, asked = (
+            dict(_leaves({part: each.get(part) for part in ("module", "datamodule")})) for each in (saved, now)
+        )
+        for key in before.keys() & asked.keys() - {"module.updates"}:
+            moved = str(run.folder.parents[1]) in str(asked[key])  # a path in the study's own folder
+            if before[key] != asked[key] and not moved:
+                raise ValueError(
+                    f"{run.arm}, seed {run.seed} is finished: expected {key}={before[key]}, with which it was run, "
+                    f"found {asked[key]}; {advice}."
+                )
+        for other, folder in exceeded.items():
+            if any(folder in str(value) for value in asked.values()):
+                raise ValueError(
+                    f"{other.arm}, seed {other.seed} would go on beyond what {run.arm} was made with: {advice}."
+                )
+
+
 def _arms(config: DictConfig) -> dict[str, list[str]]:
     """Every arm's overrides, without arms that are null; without any, the experiment itself is the only one."""
+    if not isinstance(config.arms, DictConfig | None):
+        raise CommandLineError(f"arms={config.arms}: expected null, or arms with lists of overrides by their names.")
     arms = {name: list(overrides) for name, overrides in (config.arms or {}).items() if overrides is not None}
     return arms or {config.name: []}
 
@@ -260,14 +299,24 @@ def announce(config: DictConfig, overrides: list[str], runs: list[Run], pending:
         f"{config.name}: {config.summary} {arms} arm{'s' * (arms > 1)}, {seeds} seed{'s' * (seeds > 1)}{done}; "
         f"{config.duration}. Writing to {folder}"
     )
+    for sentence in _replaced(config, overrides):
+        _say(sentence)
+
+
+def _replaced(config: DictConfig, overrides: list[str]) -> list[str]:
+    """Says which arms are not what they were called for."""
+    sentences = []
     for key, override in {_key(override): override for override in overrides}.items():
         replaced = [arm for arm, own in _arms(config).items() if any(_key(o) == key and o != override for o in own)]
         if replaced:
-            _say(f"{override} holds for all arms, also for {', '.join(replaced)}, which had their own.")
+            sentences.append(f"{override} holds for all arms, also for {', '.join(replaced)}, which had their own.")
+    return sentences
 
 
 @rank_zero_only
 def _finish(config: DictConfig, overrides: list[str], runs: list[Run], folder: Path) -> None:
-    write_report(config, _kept(overrides), runs, folder)
+    kept = _kept(overrides)
+    config.notes = [*config.notes, *_replaced(config, kept)]
+    write_report(config, kept, runs, folder)
     print((folder / "report.md").read_text())
     print(folder)

@@ -10,6 +10,7 @@ from scipy.stats import norm
 from torch import Tensor, nn
 
 from components.bits_back import _CATEGORICAL, BitsBackCoder, _lent_words, block_sizes, decode_static, encode_static
+from components.code_models import CategoricalVAE
 
 EDGE = 192  # of the grid, in steps
 LEAST = 2.0**-24  # the probability that the coder gives to every symbol at least
@@ -229,6 +230,28 @@ def test_the_number_of_threads_does_not_matter():
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("changes", "samples", "message"),
+    [
+        ({"step": 0.0}, None, r"step=0.0, bound=6.0: expected a step above 0"),
+        ({"bound": 0.0}, None, r"bound=0.0: expected a step above 0 and a bound of at least a step"),
+        ({"block": 0}, None, "block=0: expected at least 1"),
+        ({}, data(5, 4, 9), r"Samples of shape \[5, 4\]: expected \[n, 6\]"),
+        ({}, data(5, 6, 9) + 9, "5 samples can't be coded: expected integers that the model knows"),
+    ],
+)
+def test_what_can_not_be_coded_is_one_sentence(changes, samples, message):
+    with pytest.raises(ValueError, match=message):
+        BitsBackCoder(Chain(6, 9, (4,)), **changes).encode(samples)
+
+
+def test_precision_and_frequencies_are_checked():
+    with pytest.raises(ValueError, match=r"expected a model in double precision, as after \.double\(\), found"):
+        BitsBackCoder(CategoricalVAE([(2, 2)], codes=5, width=4)).encode(data(3, 4, 5))
+    with pytest.raises(ValueError, match="3 samples can't be coded: expected integers that the frequencies know"):
+        encode_static(torch.zeros(3, 2, dtype=torch.int64), np.ones((2, 1)))
 
 
 @pytest.mark.parametrize("damage", ["bit", "short", "model", "count", "block"])

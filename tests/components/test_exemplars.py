@@ -164,6 +164,8 @@ def test_what_is_wrong_with_a_file_is_one_sentence(store, codec):
             load(file)
     with pytest.raises(ValueError, match=r"memory.bin: expected a file of exemplars, found one that does not begin"):
         load(b"PNG" + memory.file)
+    with pytest.raises(ValueError, match=r"memory.bin: expected exemplars of 3 classes, found 2"):
+        ExemplarMemory(store, None).load(memory.file, 3, "memory.bin")
     other = RawStore((1, 16, 16)) if not isinstance(store, RawStore) else PillowStore((1, 16, 16), "jpeg", 10)
     with pytest.raises(ValueError, match=r"memory.bin: expected exemplars of kind \d, found kind \d"):
         load(memory.file, other)
@@ -172,6 +174,12 @@ def test_what_is_wrong_with_a_file_is_one_sentence(store, codec):
         foreign.model += 1
         with pytest.raises(ValueError, match=r"memory.bin: expected exemplars coded by model \w+, found model"):
             load(memory.file, foreign)
+
+
+def test_images_of_another_kind_are_refused(store):
+    for other in (images(3).float(), images(3)[..., :8]):
+        with pytest.raises(ValueError, match=r"expected uint8 \[1, 16, 16\]"):
+            ExemplarMemory(store, None).add([other])
 
 
 def test_codes_that_do_not_come_back_are_stored_by_frequencies(codec, monkeypatch):

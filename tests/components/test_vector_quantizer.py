@@ -135,7 +135,7 @@ def test_perplexity():
     assert perplexity(torch.zeros(5, dtype=torch.long), 8) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("settings", [{"codes": 0}, {"decay": 1.0}, {"restart_below": -1.0}])
+@pytest.mark.parametrize("settings", [{"codes": 1}, {"decay": 1.0}, {"restart_below": -1.0}])
 def test_settings_that_make_no_sense_are_named(settings):
     with pytest.raises(ValueError, match=f"{next(iter(settings))}="):
         made(**settings)

@@ -84,6 +84,10 @@ def test_images_go_through_the_scale_and_back():
 def test_images_that_are_not_square_are_named():
     with pytest.raises(ValueError, match=r"image_shape=.*expected square images"):
         VQVAE((1, 8, 9))
+    with pytest.raises(ValueError, match=r"Images of shape \[1, 16, 16\]: expected \[1, 8, 8\]"):
+        VQVAE((1, 8, 8), width=8).encode(images(2, 1, 16))
+    with pytest.raises(ValueError, match="width=1: expected one that can be halved as often as the size, 2 times"):
+        VQVAE((1, 8, 8), width=1)
 
 
 def codec(seed: int = 0, width: int = 8) -> ImageCodec:

@@ -49,6 +49,10 @@ def test_damaged_and_missing_idx_files_are_named(idx_folder):
     write_idx(path, np.zeros((7, 28, 28), np.uint8))
     with pytest.raises(ValueError, match="expected as many labels as train images, 7, found 30"):
         fashion_mnist(str(idx_folder))
+    labels = idx_folder / "train-labels-idx1-ubyte.gz"
+    write_idx(labels, np.full(7, 10, np.uint8))
+    with pytest.raises(ValueError, match="expected labels from 0 to 9 of train images, found 10"):
+        fashion_mnist(str(idx_folder))
     path.unlink()
     with pytest.raises(FileNotFoundError, match="`apt-get install dataset-fashion-mnist`"):
         fashion_mnist(str(idx_folder))

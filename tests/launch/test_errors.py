@@ -5,8 +5,11 @@ import shutil
 import pytest
 import torch
 from hydra.errors import InstantiationException
+from omegaconf import OmegaConf
 
 from launch.checkpoints import AtomicCheckpointIO, load_checkpoint
+from launch.files import write_json
+from launch.study import Run, _check_finished
 
 RUN = "fb_aw_narrow/seed_0"
 CHECKPOINT = f"{RUN}/checkpoints/last.ckpt"
@@ -34,10 +37,43 @@ def assert_one_sentence(finished, code, *parts):
         (["experiment=fb_overdrive", "protocols=[1"], ["Can't read protocols=[1: expected key=value"]),
         (["experiment=fb_overdrive", "trainer=foo"], ["Unknown option trainer/foo", "cpu, ddp, gpu"]),
         (["experiment=fb_overdrive", "module/actor_objective=foo"], ["Unknown option module/actor_objective/foo"]),
+        (["experiment=fb_overdrive", "arms=foo"], ["arms=foo: expected null, or arms with lists of overrides"]),
+        (
+            ["experiment=drr_digits", "datamodule.view=raw"],
+            ["datamodule.view: what is typed holds for all arms, and the arm codec has no such key"],
+        ),
     ],
 )
 def test_wrong_command_lines(program, arguments, parts):
     assert_one_sentence(program(*arguments), 2, *parts)
+
+
+def test_results_of_other_settings_are_not_kept_unnoticed(program, one_arm, tmp_path):
+    began = program(*one_arm, f"output_root={tmp_path}", "module.updates=5")
+    assert began.code == 0, began.err
+    again = ("experiment=fb_overdrive", f"ckpt_path={began.folder}")
+    finished = program(*again, "module.discount=0.5")
+    parts = ["fb_aw_narrow, seed 0 is finished: expected module.discount=", "found 0.5; start anew without ckpt_path"]
+    assert_one_sentence(finished, 1, *parts)
+    assert program(*again).code == 0
+
+
+def test_results_that_others_are_made_of_stay(tmp_path):
+    runs = [Run(arm, 0, tmp_path / arm / "seed_0") for arm in ("codec", "classifier")]
+    configs = {runs[0]: {"updates": 2}, runs[1]: {"updates": 1, "weights": f"{runs[0].folder}/codec.safetensors"}}
+    configs = {run: OmegaConf.create({"module": module, "datamodule": {}}) for run, module in configs.items()}
+    for run in runs:
+        recipe = OmegaConf.to_container(configs[run])
+        write_json(run.results, {"updates": 1, "metrics": {}, "recipe": recipe})
+    _check_finished(runs, [], configs)
+    with pytest.raises(ValueError, match="codec, seed 0 would go on beyond what classifier was made with"):
+        _check_finished(runs, runs[:1], configs)
+    moved = [Run(run.arm, 0, tmp_path / "moved" / run.arm / "seed_0") for run in runs]
+    shutil.copytree(tmp_path / "codec", tmp_path / "moved" / "codec")
+    shutil.copytree(tmp_path / "classifier", tmp_path / "moved" / "classifier")
+    configs = dict(zip(moved, configs.values()))
+    configs[moved[1]].module.weights = f"{moved[0].folder}/codec.safetensors"
+    _check_finished(moved, [], configs)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ def test_seeds_may_differ_in_what_they_measured(tmp_path):
     report = (tmp_path / "report.md").read_text()
     assert "```bash\npython train.py experiment=name\n```" in report
     assert "| task | 3.50 ± 1.50 |" in report
+    assert "| old | 5.00 (n=1) |" in report
 
 
 def test_curves_of_many_arms_are_means_against_what_is_asked_for(tmp_path, monkeypatch):
