@@ -55,16 +55,15 @@ class Reconstructions(L.Callback):
 
         columns = max(len(rows[0]) for rows in self._rows.values())
         figure = Figure(figsize=(0.7 * columns, 1.55 * len(self._rows)), layout="constrained")
-        axes = figure.subplots(2 * len(self._rows), columns, squeeze=False)
-        for axis in axes.flat:
-            axis.set_axis_off()
-        for index, (name, rows) in enumerate(self._rows.items()):
-            for offset, images in enumerate(rows):
-                for axis, image in zip(axes[2 * index + offset], images):
+        for part, (name, rows) in zip(figure.subfigures(len(self._rows), squeeze=False)[:, 0], self._rows.items()):
+            part.suptitle(f"{name} classes, and what is left of them", x=0.01, ha="left", fontsize=8)
+            axes = part.subplots(2, columns, squeeze=False)
+            for axis in axes.flat:
+                axis.set_axis_off()
+            for own_axes, images in zip(axes, rows):
+                for axis, image in zip(own_axes, images):
                     pixels = image.permute(1, 2, 0).numpy()
                     axis.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=255)
-            title = axes[2 * index, 0].set_title(f"{name} classes, and what is left of them", loc="left", fontsize=8)
-            title.set_in_layout(False)  # or the first column would be as wide as the title
         self.folder.mkdir(parents=True, exist_ok=True)
         figure.savefig(self.folder / "reconstructions.png", dpi=110)
         self._rows = {}
