@@ -500,5 +500,5 @@ def test_paper_scale_of_incremental_experiments(name):
 
 def test_a_codec_that_was_not_trained_is_one_sentence(tmp_path):
     config = composed("experiment=drr_digits", f"study_dir={tmp_path}")
-    with pytest.raises(Exception, match="expected a trained codec, found none; the arm `codec` trains it"):
+    with pytest.raises(Exception, match="expected a trained codec, found none; `module=image_codec` trains one"):
         instantiate(config.datamodule)
