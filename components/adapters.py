@@ -119,11 +119,11 @@ class SingularValueAdapter(Adapter):
         self.scalings: dict[str, SingularValueScaling] = {}
         for name, layer in self.layers.items():
             scaling = SingularValueScaling(layer.weight, decompose(layer.weight, cache), **settings)
-            parametrize.register_parametrization(layer, "weight", scaling, unsafe=True)
+            parametrize.register_parametrization(layer, "weight", scaling)
             if factorised:
                 factorise(layer)
             self.scalings[name] = scaling
-        self.parameters = {name: layer.parametrizations.weight.original for name, layer in self.layers.items()}
+        self.parameters = {name: layer.parametrizations.weight.original0 for name, layer in self.layers.items()}
         for parameter in self.parameters.values():
             parameter.requires_grad_()
         self._composed_of: Any = None
@@ -176,8 +176,8 @@ class SingularValueAdapter(Adapter):
         for name, layer in self.layers.items():
             if self.factorised:
                 layer.__class__ = type(layer).__base__
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-            layer.weight = nn.Parameter(self.scalings[name].weight, requires_grad=False)
+            self.scalings[name].held = self.scalings[name].weight
+            parametrize.remove_parametrizations(layer, "weight")
         return self.model
 
 

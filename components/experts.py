@@ -5,7 +5,6 @@ Sun, Cetin and Tang, "Transformer-Squared: Self-adaptive LLMs", arXiv 2501.06252
 Dimensions: K experts, A adapted matrices, r singular values of one.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,19 +12,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
-
-from components.singular_values import checksum
+from torch import Tensor
 
 FORMAT = "tenfold-expert-1"
-
-
-def model_checksum(model: nn.Module) -> str:
-    """Of all weights of a model that has not been adapted yet."""
-    digest = hashlib.sha256()
-    for name, weight in model.state_dict().items():
-        digest.update(f"{name} {checksum(weight)}".encode())
-    return digest.hexdigest()[:32]
 
 
 @dataclass
@@ -34,7 +23,7 @@ class Expert:
 
     Attributes:
         scales: single precision, on the CPU.
-        base: `model_checksum` of the model that they are of.
+        base: checksum of the model that they are of.
         task: what it was trained for.
         largest: z comes from `largest * sigmoid(p)`; None where z was trained itself.
         rescale: of `SingularValueScaling`.

@@ -3,7 +3,9 @@
 Dimensions: B prompts, L prompt tokens, T completion tokens, V vocabulary.
 """
 
+import hashlib
 import importlib.metadata
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +38,15 @@ class PretrainedFolder:
         if not list(self.path.glob("*.safetensors")):
             raise FileNotFoundError(f"{self.path}: expected weights in files *.safetensors, found none.")
 
+    @cached_property
+    def checksum(self) -> str:
+        """Of the weights, whatever precision they are used in."""
+        digest = hashlib.sha256()
+        for path in sorted(self.path.glob("*.safetensors")):
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()[:16]
+
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """It pads on the left, where completions begin right after their prompts."""
         transformers = _transformers()
@@ -50,10 +61,12 @@ class PretrainedFolder:
         """The model in evaluation mode.
 
         Args:
-            dtype: of its weights, ``float32`` or ``bfloat16``.
+            dtype: of its weights, ``float32``, ``bfloat16``, or ``auto``: bfloat16 where the machine computes with it.
         """
-        if dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype={dtype}: expected float32 or bfloat16.")
+        if dtype not in ("float32", "bfloat16", "auto"):
+            raise ValueError(f"dtype={dtype}: expected float32, bfloat16 or auto.")
+        if dtype == "auto":
+            dtype = "bfloat16" if _computes_bfloat16() else "float32"
         return (
             _transformers()
             .AutoModelForCausalLM.from_pretrained(
@@ -109,6 +122,12 @@ def _convert(file: Path, path: Path) -> None:
     tokenizer.save_pretrained(temporary)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary.replace(path)
+
+
+def _computes_bfloat16() -> bool:
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def _transformers() -> Any:

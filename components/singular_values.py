@@ -61,9 +61,9 @@ class SingularValueScaling(nn.Module):
     and any constant z gives W; or it is 1. p, z and the singular values are in single precision whatever the weight's
     is: in half precision most steps of training would vanish.
 
-    Register it with `parametrize.register_parametrization(linear, "weight", scaling, unsafe=True)`: the linear layer's
-    parameter is then p. This is an ordinary function of p, unless `held` is set to a weight, which it is then: many
-    passes take one composition, and `pull_back` takes the gradient of a held weight to p.
+    Register it with `parametrize.register_parametrization(linear, "weight", scaling)`: the linear layer's parameter is
+    then p, `linear.parametrizations.weight.original0`. This is an ordinary function of p, unless `held` is set to a
+    weight, which it is then: many passes take one composition, and `pull_back` takes the gradient of it to p.
 
     Args:
         weight: W [o, i]; kept as it is, for `base`.
@@ -103,9 +103,9 @@ class SingularValueScaling(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
         self.held: Tensor | None = None  # the weight to be instead of a function of p
 
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        """Where p begins, [r]; not what gives `weight`."""
-        return self.initial_mean + self.initial_std * torch.randn_like(self.s)
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor]:
+        """Where p begins, [r]; not what gives `weight`. A tuple, for p may have another precision than the weight."""
+        return (self.initial_mean + self.initial_std * torch.randn_like(self.s),)
 
     def scales(self, p: Tensor) -> Tensor:
         """z [r] of p [r]."""
@@ -162,7 +162,7 @@ def factorise(layer: nn.Linear) -> None:
 
 
 def _factorised_forward(self: nn.Linear, x: Tensor) -> Tensor:
-    scaling, p = self.parametrizations.weight[0], self.parametrizations.weight.original
+    scaling, p = self.parametrizations.weight[0], self.parametrizations.weight.original0
     return (
         scaling.apply_to(x, p, self.bias) if scaling.held is None else nn.functional.linear(x, scaling.held, self.bias)
     )

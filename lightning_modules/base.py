@@ -4,7 +4,7 @@ import os
 import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -37,7 +37,7 @@ class LearningMethod(L.LightningModule, ABC):
     runs on its own, without a trainer. `update` neither reads tensor values (no `.item()`) nor branches on them.
 
     Args:
-        updates: updates of the whole run.
+        updates: updates of the whole run; 0 to evaluate what there is.
         updates_per_step: updates in one Lightning step.
         log_every: updates between two records of the mean training metrics.
         anneal_from: share of the run after which every learning rate falls linearly, to zero at its end; 1 keeps them.
@@ -60,7 +60,9 @@ class LearningMethod(L.LightningModule, ABC):
         super().__init__()
         if compile not in COMPILE_MODES:
             raise ValueError(f"Unknown compile={compile!r}: expected one of {', '.join(map(str, COMPILE_MODES))}.")
-        check_counts(updates=updates, updates_per_step=updates_per_step, log_every=log_every)
+        if updates < 0:
+            raise ValueError(f"updates={updates}: expected 0, for a method that is evaluated as it is, or more.")
+        check_counts(updates_per_step=updates_per_step, log_every=log_every)
         for name, value in (("updates", updates), ("log_every", log_every)):
             if value % updates_per_step:
                 raise ValueError(f"{name}={value} is no multiple of updates_per_step={updates_per_step}.")
@@ -122,15 +124,28 @@ class LearningMethod(L.LightningModule, ABC):
         each, the backward pass of a compiled loss is compiled with it, and a fused optimiser has nothing to gain.
         """
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        gradients = torch.autograd.grad(loss, parameters)
+        self.step(torch.autograd.grad(loss, parameters), optimizer, max_norm)
+
+    @torch.compiler.disable
+    def step(
+        self, gradients: Sequence[Tensor], optimizer: torch.optim.Optimizer, max_norm: float | None = None
+    ) -> Tensor | None:
+        """One step of `optimizer` on gradients of its parameters, which are averaged over processes and clipped.
+
+        Returns:
+            Their norm before, where they are clipped.
+        """
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         average_(gradients)
         for parameter, gradient in zip(parameters, gradients):
             if gradient.stride() != parameter.stride():  # fused optimisers go through memory in the parameters' order
                 gradient = torch.empty_like(parameter).copy_(gradient)
             parameter.grad = gradient
+        norm = None
         if max_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
         optimizer.step()
+        return norm
 
     def learning_rate_factors(self) -> list[float]:
         """What the configured learning rates of each optimiser are multiplied by at this instant of the run."""

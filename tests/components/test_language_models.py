@@ -114,8 +114,11 @@ def test_folders_that_hold_no_model_are_named(tmp_path, model):
     for name, value in model.state_dict().items():
         assert torch.equal(folder.model().state_dict()[name], value)
     assert next(folder.model("bfloat16").parameters()).dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="dtype=int8: expected float32 or bfloat16"):
+    assert PretrainedFolder(tmp_path).checksum == folder.checksum
+    with pytest.raises(ValueError, match="dtype=int8: expected float32, bfloat16 or auto"):
         folder.model("int8")
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes() + b" ")
+    assert PretrainedFolder(tmp_path).checksum != folder.checksum
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="expected weights in files"):
         PretrainedFolder(tmp_path)

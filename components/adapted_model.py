@@ -1,0 +1,95 @@
+"""A pretrained language model with an adapter, as a module whose state is what the adapter trains."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from components.adapters import Adapter, SingularValueAdapter
+from components.experts import Expert
+from components.language_models import PretrainedFolder, complete
+
+
+class AdaptedModel(nn.Module):
+    """A frozen language model and what is trained in it. Its state holds the latter alone.
+
+    Args:
+        folder: of the pretrained model.
+        adapter: adapts it, called with the model; None for the model as it is.
+        dtype: of the frozen weights, see `PretrainedFolder.model`.
+    """
+
+    def __init__(
+        self, folder: PretrainedFolder, adapter: Callable[..., Adapter] | None = None, dtype: str = "float32"
+    ) -> None:
+        super().__init__()
+        self.model = folder.model(dtype).requires_grad_(False)
+        self.base_checksum = folder.checksum
+        self.adapter = None if adapter is None else adapter(self.model)
+        self._trained = {name for name, each in self.named_parameters() if each.requires_grad}
+        self._register_state_dict_hook(_drop_frozen)
+        self.register_load_state_dict_post_hook(_forgive_frozen)
+
+    def refresh(self) -> None:
+        """Let the model be that of the present parameters."""
+        if self.adapter is not None:
+            self.adapter.refresh()
+
+    def complete(self, prompt: Tensor, mask: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
+        """Completions by the model as it is now, see `components.language_models.complete`."""
+        return complete(self.model, prompt.to(self.model.device), mask.to(self.model.device), **settings)
+
+    # -- experts ------------------------------------------------------------------------------------------------------
+
+    @property
+    def singular_values(self) -> SingularValueAdapter:
+        """The adapter, if it is the one that experts are of."""
+        if not isinstance(self.adapter, SingularValueAdapter):
+            raise ValueError("adapter: expected svf, the only one that has expert vectors.")
+        return self.adapter
+
+    def expert(self, task: str) -> Expert:
+        """What is trained, as an expert vector."""
+        adapter = self.singular_values
+        scaling = next(iter(adapter.scalings.values()))
+        scales = {name: z.detach().float().cpu() for name, z in adapter.scales().items()}
+        largest = scaling.max_scale if scaling.parametrization == "sigmoid" else None
+        return Expert(scales, self.base_checksum, task, largest, scaling.rescale)
+
+    @torch.no_grad()
+    def load_expert(self, expert: Expert) -> None:
+        """Train on from an expert vector.
+
+        Raises:
+            ValueError: it adapts other matrices.
+        """
+        adapter = self.singular_values
+        self.check_expert(expert)
+        for name, scaling in adapter.scalings.items():
+            z = expert.scales[name].to(scaling.s)
+            sigmoid = scaling.parametrization == "sigmoid"
+            adapter.parameters[name].copy_((z / scaling.max_scale).logit() if sigmoid else z)
+
+    def check_expert(self, expert: Expert) -> None:
+        """Raise a ValueError if an expert adapts other matrices than this model has adapted."""
+        found = {name: list(z.shape) for name, z in expert.scales.items()}
+        expected = {name: list(p.shape) for name, p in self.singular_values.parameters.items()}
+        if found != expected:
+            raise ValueError(
+                f"The expert of {expert.task} adapts {len(found)} matrices, expected the {len(expected)} that "
+                "adapter.modules and adapter.layers choose."
+            )
+
+
+def _drop_frozen(module: AdaptedModel, state: dict[str, Any], prefix: str, _: Any) -> None:
+    for name in list(state):
+        if name.startswith(prefix) and name.removeprefix(prefix) not in module._trained:
+            del state[name]
+
+
+def _forgive_frozen(module: AdaptedModel, keys: Any) -> None:
+    frozen = {*dict(module.named_parameters()), *dict(module.named_buffers())} - module._trained
+    keys.missing_keys[:] = [
+        key for key in keys.missing_keys if not any(key == name or key.endswith(f".{name}") for name in frozen)
+    ]

@@ -1,0 +1,267 @@
+"""Questions as prompts, a policy's completions of them, and what they are worth.
+
+Dimensions: B prompts, L prompt tokens, T completion tokens.
+"""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from components.checks import check_counts
+from components.distributed import rank, world_size
+from components.language_models import PretrainedFolder
+from datamodules.questions import Question, QuestionFamily
+from datamodules.sampling import EvaluationTasks, Stacks
+
+COMPLETIONS = ("sampled", "reference")
+
+
+class Prompts:
+    """Makes token ids of questions.
+
+    Args:
+        language_model: whose tokenizer is used.
+        template: of a prompt, with ``{question}`` and ``{prefix}``, how the answer begins; None for the tokenizer's own
+            chat template, behind which the prefix is put.
+    """
+
+    def __init__(self, language_model: PretrainedFolder, template: str | None) -> None:
+        if template is not None and not all(field in template for field in ("{question}", "{prefix}")):
+            raise ValueError(f"template={template!r}: expected {{question}} and {{prefix}} in it.")
+        self.tokenizer = language_model.tokenizer()
+        self.template = template
+
+    @property
+    def end(self) -> int:
+        """Id of the token that ends a completion."""
+        return self.tokenizer.eos_token_id
+
+    def text(self, question: str, prefix: str) -> str:
+        """A prompt."""
+        if self.template is not None:
+            return self.template.replace("{prefix}", prefix).replace("{question}", question)
+        turns = [{"role": "user", "content": question}]
+        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) + prefix
+
+    def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids [B, L], padded on the left, and their mask."""
+        encoded = self.tokenizer(list(texts), return_tensors="pt", padding=True, add_special_tokens=False)
+        return encoded["input_ids"], encoded["attention_mask"]
+
+    def encode_completions(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids [B, T] with the end, padded on the right, and their mask, true up to the end."""
+        ids = [[*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end] for text in texts]
+        longest = max(map(len, ids))
+        tokens = torch.tensor([[*row, *[self.end] * (longest - len(row))] for row in ids])
+        return tokens, torch.arange(longest) < torch.tensor([[len(row)] for row in ids])
+
+    def decode(self, tokens: Tensor, mask: Tensor) -> list[str]:
+        """Texts of completions [B, T], without what ends them."""
+        return [
+            self.tokenizer.decode(row[kept], skip_special_tokens=True)
+            for row, kept in zip(tokens.cpu(), mask.bool().cpu())
+        ]
+
+
+class LanguageDataModule(L.LightningDataModule):
+    """A family of questions: at each update some are asked of the policy as it is, and its answers verified.
+
+    Questions are drawn without replacement, all of the training split before any comes again; several processes share a
+    batch. Validation and tests take the likeliest answers.
+
+    Args:
+        language_model: folder of the model, for its tokenizer.
+        questions: the family that is learned.
+        others: further ones that are tested, by any name.
+        template: of prompts, see `Prompts`.
+        most_tokens: of a completion.
+        batch_size: questions of an update, over all processes.
+        completions: ``sampled`` from the policy, or ``reference`` answers, with rewards of one: next-token prediction.
+        temperature: of sampling; 0 takes the likeliest tokens, as the authors' code does.
+        reward_wrong: of a wrong answer; a right one has 1.
+        evaluate_every: updates between validations.
+        validation_questions, test_questions: how many of these splits are used at most.
+        evaluation_batch: prompts in one pass of evaluation.
+        split_seed: of the splits; experts that are to be used together need the same.
+        seed: of the order of questions.
+    """
+
+    def __init__(
+        self,
+        language_model: PretrainedFolder,
+        questions: QuestionFamily,
+        *,
+        others: Mapping[str, QuestionFamily] | None = None,
+        template: str | None = None,
+        most_tokens: int,
+        batch_size: int,
+        completions: str = "sampled",
+        temperature: float = 0.0,
+        reward_wrong: float = -1.0,
+        evaluate_every: int,
+        validation_questions: int,
+        test_questions: int,
+        evaluation_batch: int = 100,
+        split_seed: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_counts(
+            most_tokens=most_tokens,
+            batch_size=batch_size,
+            evaluate_every=evaluate_every,
+            validation_questions=validation_questions,
+            test_questions=test_questions,
+            evaluation_batch=evaluation_batch,
+        )
+        if completions not in COMPLETIONS:
+            raise ValueError(f"Unknown completions={completions!r}: expected one of {', '.join(COMPLETIONS)}.")
+        if temperature < 0:
+            raise ValueError(f"temperature={temperature}: expected 0 or more.")
+        self.prompts = Prompts(language_model, template)
+        self.family = questions
+        self.others = {own.name: own for own in (others or {}).values() if own.name != questions.name}
+        self.most_tokens = most_tokens
+        self.batch_size = batch_size
+        self.completions = completions
+        self.temperature = temperature
+        self.reward_wrong = reward_wrong
+        self.evaluate_every = evaluate_every
+        self.validation_questions = validation_questions
+        self.test_questions = test_questions
+        self.evaluation_batch = evaluation_batch
+        self.split_seed = split_seed
+        self.seed = seed
+        self._splits: dict[str, dict[str, list[Question]]] = {}
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        return {"end": self.prompts.end}
+
+    def split(self, family: QuestionFamily, name: str) -> list[Question]:
+        """One of the splits of a family."""
+        if family.name not in self._splits:
+            self._splits[family.name] = family.splits(self.split_seed)
+        return self._splits[family.name][name]
+
+    # -- experience ---------------------------------------------------------------------------------------------------
+
+    def drawn(self, update: int) -> list[Question]:
+        """This process' questions of an update."""
+        questions = self.split(self.family, "train")
+        count = self.batch_size
+        if count > len(questions):
+            raise ValueError(
+                f"batch_size={count}: expected at most the {len(questions)} questions of {self.family.name}."
+            )
+        epoch, place = divmod(update, len(questions) // count)
+        order = list(range(len(questions)))
+        random.Random(f"{self.seed}/{epoch}").shuffle(order)
+        own = order[place * count : (place + 1) * count][rank() :: world_size()]
+        return [questions[index] for index in own]
+
+    def train_dataloader(self) -> Stacks:
+        assert self.trainer is not None
+        module = self.trainer.lightning_module
+        if self.batch_size % world_size():
+            raise ValueError(f"batch_size={self.batch_size} can't be split over {world_size()} processes.")
+        stop = min((module.updates // self.evaluate_every + 1) * self.evaluate_every, module.total_updates)
+        return Stacks(lambda update: self._asked(module, self.drawn(update))[None], 1, module.updates, stop)
+
+    def _asked(self, module: Any, questions: Sequence[Question]) -> TensorDict:
+        """Questions, the policy's answers or right ones, and their rewards."""
+        prompt, mask = self.prompts.encode([self.prompts.text(each.text, self.family.prefix) for each in questions])
+        if self.completions == "sampled":
+            tokens, kept = module.complete(prompt, mask, most_tokens=self.most_tokens, temperature=self.temperature)
+            texts = self.prompts.decode(tokens, kept)
+            right = torch.tensor([self.family.right(text, each.answer) for text, each in zip(texts, questions)])
+        else:
+            tokens, kept = self.prompts.encode_completions([self.family.reference(each.answer) for each in questions])
+            right = torch.ones(len(questions), dtype=torch.bool)
+        batch = {
+            "prompt": prompt,
+            "prompt_mask": mask.bool(),
+            "completion": tokens,
+            "completion_mask": kept,
+            "right": right,
+            "reward": torch.where(right, 1.0, self.reward_wrong),
+        }
+        return TensorDict({name: each.to(module.device) for name, each in batch.items()}, batch_size=[len(questions)])
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    def val_dataloader(self) -> EvaluationTasks:
+        questions = self.split(self.family, "validation")[: self.validation_questions]
+        return EvaluationTasks([self.task("validation", self.family, questions)])
+
+    def test_dataloader(self) -> EvaluationTasks:
+        families = [self.family, *self.others.values()]
+        return EvaluationTasks(
+            [self.task(own.name, own, self.split(own, "test")[: self.test_questions]) for own in families]
+        )
+
+    def task(self, name: str, family: QuestionFamily, questions: Sequence[Question]) -> "QuestionsTask":
+        return QuestionsTask(name, family, questions, self.prompts, self.most_tokens, self.evaluation_batch)
+
+    def choose_tasks(self, protocol: str | None = None, reward: str | None = None) -> None:
+        """There is but one way to ask questions.
+
+        Raises:
+            ValueError: another is asked for.
+        """
+        for name, value in (("protocol", protocol), ("reward", reward)):
+            if value is not None:
+                raise ValueError(f"{name}={value}: expected an experiment with an environment, found one of language.")
+
+
+class QuestionsTask:
+    """Questions that have not been learned from.
+
+    Args:
+        name: of the metrics.
+        family: verifies answers.
+        questions: that are asked.
+        prompts: makes token ids of them.
+        most_tokens: of an answer.
+        batch: prompts in one pass.
+    """
+
+    rewards: tuple[str, ...] = ()  # nothing is rolled out, and there is nothing to film
+
+    def __init__(
+        self,
+        name: str,
+        family: QuestionFamily,
+        questions: Sequence[Question],
+        prompts: Prompts,
+        most_tokens: int,
+        batch: int,
+    ) -> None:
+        self.name = name
+        self.family = family
+        self.questions = list(questions)
+        self.prompts = prompts
+        self.most_tokens = most_tokens
+        self.batch = batch
+
+    @property
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Prompts [B, L] and their masks."""
+        for begin in range(0, len(self.questions), self.batch):
+            part = self.questions[begin : begin + self.batch]
+            yield self.prompts.encode([self.prompts.text(each.text, self.family.prefix) for each in part])
+
+    def texts(self, result: Sequence[tuple[Tensor, Tensor]]) -> list[str]:
+        """Completions that a method made of the batches."""
+        return [text for tokens, mask in result for text in self.prompts.decode(tokens, mask)]
+
+    def metrics(self, result: Sequence[tuple[Tensor, Tensor]]) -> dict[str, list[float]]:
+        """For each question whether it was answered rightly, in percent, and how many tokens it took."""
+        right = [self.family.right(text, each.answer) for text, each in zip(self.texts(result), self.questions)]
+        tokens = [float(count) for _, mask in result for count in mask.sum(1)]
+        return {f"{self.name}/accuracy": [100.0 * each for each in right], f"{self.name}/tokens": tokens}

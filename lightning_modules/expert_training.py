@@ -1,0 +1,205 @@
+"""Training an expert: a language model's few adapted numbers, by rewards for answers that can be verified.
+
+Sun, Cetin and Tang, "Transformer-Squared: Self-adaptive LLMs", arXiv 2501.06252, section 3.1.
+
+Dimensions: B sequences, L prompt tokens, T completion tokens, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from components.adapted_model import AdaptedModel
+from components.adapters import Adapter
+from components.checks import check_counts
+from components.experts import Expert
+from components.language_models import PretrainedFolder, categorical_kl, completion_logits, token_log_probs
+from components.reinforce import BASELINES, policy_loss, shaped_rewards
+from lightning_modules.base import LearningMethod
+
+DIRECTIONS = ("reference_to_policy", "policy_to_reference")
+
+
+class ExpertTraining(LearningMethod):
+    """REINFORCE with a penalty on the divergence from the base model; with reference answers, likelihood.
+
+    A batch has `prompt` [B, L] and `prompt_mask`, `completion` [B, T] and `completion_mask`, true up to the end of
+    each, `right` and `reward` [B]. The tokens that were drawn are the tokens that are scored. Where completions are
+    reference answers with rewards of one, the same loss is next-token prediction.
+
+    Parameters with the best validation are kept, and are what is tested and exported in the end.
+
+    Args:
+        end: id of the token that ends a completion.
+        language_model: folder of the pretrained model.
+        adapter: what is trained in it, called with the model; None trains nothing (the base model, with updates=0).
+        optimizer: makes the optimiser, called with parameters.
+        dtype: of the frozen weights.
+        max_norm: of the gradient; None leaves it. The authors' 1e-3 always binds, which makes each step about as long.
+        baseline, normalise_rewards, clip_rewards: see `shaped_rewards`.
+        mean_over_tokens: see `policy_loss`.
+        score_end: whether the token that ends a completion is scored; the authors' code does not.
+        kl_coefficient: weight of the divergence, summed over a completion's tokens.
+        kl_direction: ``reference_to_policy``, KL(base || adapted), is the authors' code's, ``policy_to_reference`` the
+            paper's.
+        micro_batch: sequences in one pass; None for all.
+        expert: file of an expert vector to begin with.
+        shuffle: seed by which that expert's numbers are shuffled within each matrix, a control; None for not.
+        settings: further arguments of `LearningMethod`.
+    """
+
+    progress_bar_metrics = ("accuracy", "loss")
+
+    def __init__(
+        self,
+        *,
+        end: int,
+        language_model: PretrainedFolder,
+        adapter: Callable[..., Adapter] | None,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        dtype: str = "float32",
+        max_norm: float | None = 1e-3,
+        baseline: str = "none",
+        normalise_rewards: bool = False,
+        clip_rewards: float | None = None,
+        mean_over_tokens: bool = False,
+        score_end: bool = True,
+        kl_coefficient: float = 0.0,
+        kl_direction: str = "reference_to_policy",
+        micro_batch: int | None = None,
+        expert: str | None = None,
+        shuffle: int | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(**settings)
+        check_counts(micro_batch=1 if micro_batch is None else micro_batch)
+        if baseline not in BASELINES:
+            raise ValueError(f"Unknown baseline={baseline!r}: expected one of {', '.join(BASELINES)}.")
+        if kl_direction not in DIRECTIONS:
+            raise ValueError(f"Unknown kl_direction={kl_direction!r}: expected one of {', '.join(DIRECTIONS)}.")
+        if kl_coefficient < 0:
+            raise ValueError(f"kl_coefficient={kl_coefficient}: expected 0 or more.")
+        if adapter is None and self.total_updates:
+            raise ValueError(f"updates={self.total_updates}: expected 0 where adapter is null, for nothing is trained.")
+        self.end = end
+        self.max_norm = max_norm
+        self.baseline = baseline
+        self.normalise_rewards = normalise_rewards
+        self.clip_rewards = clip_rewards
+        self.mean_over_tokens = mean_over_tokens
+        self.score_end = score_end
+        self.kl_coefficient = kl_coefficient
+        self.kl_direction = kl_direction
+        self.micro_batch = micro_batch
+        self.language = AdaptedModel(language_model, adapter, dtype)
+        if expert is not None:
+            loaded = Expert.load(expert, self.language.base_checksum)
+            self.language.load_expert(loaded if shuffle is None else loaded.shuffled(shuffle))
+        parameters = [] if self.language.adapter is None else list(self.language.adapter.parameters.values())
+        self.optimizer = self.register_optimizer(optimizer(parameters)) if parameters else None
+        self.register_buffer("best_validation", torch.tensor(-math.inf))
+        for index, parameter in enumerate(parameters):
+            self.register_buffer(f"best_{index}", parameter.detach().clone())
+
+    # -- the policy ---------------------------------------------------------------------------------------------------
+
+    def complete(self, prompt: Tensor, mask: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
+        """Completions of prompts [B, L] by the present model: tokens [B, T], and their mask."""
+        self.language.refresh()
+        return self.language.complete(prompt, mask, end=self.end, **settings)
+
+    # -- the learning rule --------------------------------------------------------------------------------------------
+
+    def update(self, batch: TensorDict) -> TensorDict:
+        adapter = self.language.adapter
+        weight = shaped_rewards(
+            batch["reward"], baseline=self.baseline, normalise=self.normalise_rewards, clip=self.clip_rewards
+        )
+        adapter.refresh()
+        leaves, rows = adapter.leaves(), len(weight)
+        gradients = [torch.zeros_like(leaf) for leaf in leaves]
+        total = torch.zeros(2, device=weight.device)
+        for begin in range(0, rows, self.micro_batch or rows):
+            part = slice(begin, begin + (self.micro_batch or rows))
+            losses = self.losses(batch[part], weight[part]) / rows
+            torch._foreach_add_(gradients, torch.autograd.grad(losses[0] + self.kl_coefficient * losses[1], leaves))
+            total += losses.detach()
+        norm = self.step(adapter.gradients(gradients), self.optimizer, self.max_norm)
+        metrics = {
+            "loss": total[0] + self.kl_coefficient * total[1],
+            "accuracy": 100 * batch["right"].float().mean(),
+            "tokens": batch["completion_mask"].sum(1).float().mean(),
+        }
+        if self.kl_coefficient:
+            metrics["kl"] = total[1]
+        if norm is not None:
+            metrics["gradient_norm"] = norm
+        return TensorDict(metrics)
+
+    def losses(self, batch: TensorDict, weight: Tensor) -> Tensor:
+        """Sums over sequences, [2]: the policy's loss with weights [B], and the divergence from the base model."""
+        sequences = [batch[name] for name in ("prompt", "prompt_mask", "completion", "completion_mask")]
+        tokens, mask = batch["completion"], batch["completion_mask"]
+        if not self.score_end:
+            mask = mask & (tokens != self.end)
+        logits = completion_logits(self.language.model, *sequences)
+        policy = policy_loss(token_log_probs(logits, tokens), mask, weight, self.mean_over_tokens).sum()
+        if not self.kl_coefficient:
+            return torch.stack([policy, torch.zeros_like(policy)])
+        with torch.no_grad(), self.language.adapter.base():
+            reference = completion_logits(self.language.model, *sequences).log_softmax(-1)
+        adapted = logits.log_softmax(-1)
+        forth = self.kl_direction == "reference_to_policy"
+        divergence = categorical_kl(reference, adapted) if forth else categorical_kl(adapted, reference)
+        return torch.stack([policy, torch.where(mask, divergence, 0.0).sum()])
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    def evaluate(self, task: Any) -> list[tuple[Tensor, Tensor]]:
+        """The likeliest completions of an evaluation task's batches of prompts, with their masks, on the CPU."""
+        return [
+            tuple(each.cpu() for each in self.complete(prompt, mask, most_tokens=task.most_tokens))
+            for prompt, mask in task.batches
+        ]
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        values = self.scores["validation/accuracy"]
+        score = sum(values) / len(values)
+        if self.optimizer is not None and score > self.best_validation:
+            self.best_validation.fill_(score)
+            for best, parameter in self._best():
+                best.copy_(parameter.detach())
+
+    def on_test_start(self) -> None:
+        self.restore_best()
+
+    @torch.no_grad()
+    def restore_best(self) -> None:
+        """Go back to the parameters that were best in validation."""
+        if self.best_validation > -math.inf:
+            for best, parameter in self._best():
+                parameter.copy_(best)
+
+    def _best(self) -> list[tuple[Tensor, Tensor]]:
+        parameters = self.language.adapter.parameters.values()
+        return [(getattr(self, f"best_{index}"), parameter) for index, parameter in enumerate(parameters)]
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["learning_method"]["base"] = self.language.base_checksum
+
+    def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        super().check_checkpoint(checkpoint)
+        found = checkpoint["learning_method"]["base"]
+        if found != self.language.base_checksum:
+            raise ValueError(
+                f"The checkpoint adapts the model {found}, expected {self.language.base_checksum}, that of "
+                "language_model."
+            )
