@@ -86,6 +86,7 @@ class LanguageDataModule(L.LightningDataModule):
         reward_wrong: of a wrong answer; a right one has 1.
         evaluate_every: updates between validations.
         validation_questions, test_questions: how many of these splits are used at most.
+        other_questions: how many of the others' tests are used at most.
         evaluation_batch: prompts in one pass of evaluation.
         split_seed: of the splits; experts that are to be used together need the same.
         seed: of the order of questions.
@@ -106,6 +107,7 @@ class LanguageDataModule(L.LightningDataModule):
         evaluate_every: int,
         validation_questions: int,
         test_questions: int,
+        other_questions: int = 100,
         evaluation_batch: int = 100,
         split_seed: int = 0,
         seed: int = 0,
@@ -117,6 +119,7 @@ class LanguageDataModule(L.LightningDataModule):
             evaluate_every=evaluate_every,
             validation_questions=validation_questions,
             test_questions=test_questions,
+            other_questions=other_questions,
             evaluation_batch=evaluation_batch,
         )
         if completions not in COMPLETIONS:
@@ -134,6 +137,7 @@ class LanguageDataModule(L.LightningDataModule):
         self.evaluate_every = evaluate_every
         self.validation_questions = validation_questions
         self.test_questions = test_questions
+        self.other_questions = other_questions
         self.evaluation_batch = evaluation_batch
         self.split_seed = split_seed
         self.seed = seed
@@ -200,9 +204,9 @@ class LanguageDataModule(L.LightningDataModule):
         return EvaluationTasks([self.task("validation", self.family, questions)])
 
     def test_dataloader(self) -> EvaluationTasks:
-        families = [self.family, *self.others.values()]
+        counts = {self.family: self.test_questions, **dict.fromkeys(self.others.values(), self.other_questions)}
         return EvaluationTasks(
-            [self.task(own.name, own, self.split(own, "test")[: self.test_questions]) for own in families]
+            [self.task(own.name, own, self.split(own, "test")[:count]) for own, count in counts.items()]
         )
 
     def task(self, name: str, family: QuestionFamily, questions: Sequence[Question]) -> "QuestionsTask":

@@ -9,8 +9,7 @@ import json
 import random
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -95,7 +94,6 @@ SUMS = ("What is {} + {}?", "How much is {} + {}?", "Calculate {} + {}.", "Compu
 POOL = 2000  # groups of questions of a family that has more
 
 
-@dataclass
 class MadeUp(QuestionFamily):
     """Questions that are made up.
 
@@ -106,10 +104,17 @@ class MadeUp(QuestionFamily):
         right_by: reads the answer.
     """
 
-    name: str
-    groups: Callable[[random.Random], Iterable[Hashable]]
-    ask: Callable[..., list[Question]]
-    right_by: Callable[[str, str], bool] = first_number_is
+    def __init__(
+        self,
+        name: str,
+        groups: Callable[[random.Random], Iterable[Hashable]],
+        ask: Callable[..., list[Question]],
+        right_by: Callable[[str, str], bool] = first_number_is,
+    ) -> None:
+        self.name = name
+        self.groups = groups
+        self.ask = ask
+        self.right_by = right_by
 
     def splits(self, seed: int) -> dict[str, list[Question]]:
         chance = random.Random(f"{self.name}/{seed}")
@@ -215,7 +220,6 @@ def family(name: str) -> QuestionFamily:
     return FAMILIES[name]
 
 
-@dataclass
 class Categories(QuestionFamily):
     """Which kind of question is it? Asked about the questions of other families, split as they are.
 
@@ -226,10 +230,17 @@ class Categories(QuestionFamily):
         prefix: how the answer's sentence begins.
     """
 
-    families: dict[str, QuestionFamily]
-    instruction: str = "Classify the question into one of these categories: {categories}. Question: "
-    name: str = "category"
-    prefix: str = "The category is"
+    def __init__(
+        self,
+        families: Mapping[str, QuestionFamily],
+        instruction: str = "Classify the question into one of these categories: {categories}. Question: ",
+        name: str = "category",
+        prefix: str = "The category is",
+    ) -> None:
+        self.families = dict(families)
+        self.instruction = instruction
+        self.name = name
+        self.prefix = prefix
 
     def asked(self, question: str) -> str:
         """The question about a question."""

@@ -13,9 +13,11 @@ from omegaconf import DictConfig
 from launch.files import write_json, write_text
 
 REFERENCES = "references.json"
+COMPLETIONS = "completions.json"
 PICTURES = {
     "films/contact_sheet.png": "Films of {}, moments of the first episode",
     "reconstructions.png": "What {} keeps of images",
+    "confusion.png": "What {} takes questions for, a row for each family and its kind",
     "feature_gradients.png": "What the critics' loss asks of the feature maps of {}, each on a scale of its own",
 }
 
@@ -87,6 +89,7 @@ def _markdown(
     lines += [f"Training and evaluation took {_times(runs)}.", ""]
     for name in curves:
         lines += [f"![learning curves]({name})", ""]
+    lines += _completions(runs)
     for name, what in PICTURES.items():
         for run in runs:
             picture = run.folder / name
@@ -107,6 +110,27 @@ def _cell(value: Mapping[str, float] | None, seeds: int = 1) -> str:
     return f"{value['mean']:.{digits}f} ± {value['stderr']:.{digits}f}"
 
 
+def _completions(runs: Sequence[Any]) -> list[str]:
+    """Tables of what the language models of the first seed's runs said to the first questions of each test."""
+    first = [run for run in runs if run.seed == runs[0].seed and (run.folder / COMPLETIONS).exists()]
+    said = {run.arm: json.loads((run.folder / COMPLETIONS).read_text()) for run in first}
+    lines = []
+    for test in dict.fromkeys(test for tests in said.values() for test in tests):
+        arms = [arm for arm, tests in said.items() if test in tests]
+        lines += [f"| {test} | answer | {' | '.join(arms)} |", f"|---|---|{'---|' * len(arms)}"]
+        for rows in zip(*(said[arm][test] for arm in arms)):
+            texts = [f"{_in_cell(row['completion'])} {'✓' if row['right'] else '✗'}" for row in rows]
+            cells = [_in_cell(rows[0]["question"]), _in_cell(rows[0]["answer"]), *texts]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return lines
+
+
+def _in_cell(text: str) -> str:
+    """As it fits into a table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
 def _times(runs: Sequence[Any]) -> str:
     parts = []
     for run in runs:
@@ -120,24 +144,21 @@ def _plot_curves(
 ) -> list[str]:
     """Pictures of every metric against environment steps, or updates where none are taken.
 
+    Beside what was evaluated come the training metrics that `config.training_curves` names.
+
     Where the metric that `config.curves_against` names was recorded, the others are drawn against it, in a picture of
     their own that comes first. No pictures if nothing was evaluated.
     """
     curves: dict[str, _Curves] = {}  # by what they are drawn against
     for run in runs:
-        path = run.folder / "eval.csv"
-        if not path.exists():
-            continue
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        if not rows:
-            continue
-        clock = "env_steps" if int(rows[-1]["env_steps"]) else "updates"
-        clock = config.curves_against if config.curves_against in rows[0] else clock
-        for metric in rows[0]:
-            if metric in ("updates", "env_steps", "seconds", config.curves_against):
-                continue
-            points = [(float(row[clock]), float(row[metric])) for row in rows if row[metric]]
+        evaluated, learned = (_records(run.folder / f"{kind}.csv") for kind in ("eval", "train"))
+        clocks = ("updates", "env_steps", "seconds", config.curves_against)
+        columns = [(evaluated, name, name) for name in (evaluated[0] if evaluated else ()) if name not in clocks]
+        columns += [(learned, name, f"train/{name}") for name in config.training_curves if learned]
+        for rows, column, metric in columns:
+            clock = "env_steps" if int(rows[-1]["env_steps"]) else "updates"
+            clock = config.curves_against if config.curves_against in rows[0] else clock
+            points = [(float(row[clock]), float(row[column])) for row in rows if row[column]]
             by_arm = curves.setdefault(clock, {}).setdefault(metric, {})
             by_arm.setdefault(run.arm, []).append(tuple(map(list, zip(*points))))
     trained = list(dict.fromkeys(run.arm for run in runs))
@@ -146,6 +167,13 @@ def _plot_curves(
         names.append(f"learning_curves{f'_{len(names) + 1}' * bool(names)}.png")
         _plot(curves[clock], clock.split("/")[-1].replace("env_", "environment "), trained, arms, folder / names[-1])
     return names
+
+
+def _records(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 _Curves = dict[str, dict[str, list[tuple[list[float], list[float]]]]]  # of a metric and an arm, each seed's points

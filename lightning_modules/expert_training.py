@@ -178,6 +178,9 @@ class ExpertTraining(LearningMethod):
     def on_test_start(self) -> None:
         self.restore_best()
 
+    def on_test_epoch_end(self) -> None:
+        self.add_scores({"parameters": [0 if self.language.adapter is None else self.language.adapter.count()]})
+
     @torch.no_grad()
     def restore_best(self) -> None:
         """Go back to the parameters that were best in validation."""

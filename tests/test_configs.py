@@ -1,7 +1,9 @@
 """Every experiment and preset composes, and its parts fit together: sizes, switches and one update."""
 
+import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 
 import train  # noqa: F401 - registers the resolvers that configurations use
+from callbacks.expert import ExpertExport
 from components.actor_objectives import AdvantageWeighted, DeterministicPolicyGradient
 from datamodules.images import LabelledImages
 from launch.recipes import check_targets
@@ -501,4 +504,73 @@ def test_paper_scale_of_incremental_experiments(name):
 def test_a_codec_that_was_not_trained_is_one_sentence(tmp_path):
     config = composed("experiment=drr_digits", f"study_dir={tmp_path}")
     with pytest.raises(Exception, match="expected a trained codec, found none; `module=image_codec` trains one"):
+        instantiate(config.datamodule)
+
+
+LANGUAGE = sorted(
+    str(path.relative_to(CONFIGS / "experiment").with_suffix(""))
+    for path in (CONFIGS / "experiment").rglob("svf_*.yaml")
+)
+
+
+def write_questions(folder: Path) -> None:
+    """A few of GSM8K's and ARC's, in their formats."""
+    problem = {"question": "How many?", "answer": "Two and two.\n#### 4"}
+    choices = [{"text": "this", "label": "A"}, {"text": "that", "label": "B"}]
+    choice = {"question": {"stem": "Which?", "choices": choices}, "answerKey": "B"}
+    for path, line in (
+        *((f"gsm8k/{name}.jsonl", problem) for name in ("train", "test")),
+        *((f"ARC-Easy/ARC-Easy-{name}.jsonl", choice) for name in ("Train", "Dev", "Test")),
+    ):
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_text("".join(json.dumps(line) + "\n" for _ in range(8)))
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_every_arm_of_every_language_experiment_learns(name, language_folder, tmp_path):
+    """A tiny model instead of a pretrained one."""
+    write_questions(tmp_path)
+    config = composed(f"experiment={name}", "language_model=folder", f"language_model.path={language_folder}")
+    assert config.name == name
+    assert config.summary
+    assert config.duration
+    small = ("protocol.batch_size=2", "protocol.most_tokens=3", f"data_root={tmp_path}", "module.dtype=float32")
+    for arm, overrides in config.arms.items():
+        folders = (f"study_dir={tmp_path}", f"run_dir={tmp_path / arm / 'seed_0'}", f"arm={arm}")
+        config = composed(f"experiment={name}", *folders, *overrides, *small, "language_model=folder")
+        config.language_model.path = str(language_folder)
+        for part in ("module", "datamodule"):  # a checkpoint of it can be rebuilt
+            check_targets(OmegaConf.to_container(config[part], resolve=True), Path("last.ckpt"))
+        data = instantiate(config.datamodule)
+        module = instantiate(config.module, **data.spec)
+        data.trainer = SimpleNamespace(lightning_module=module)
+        callbacks = [instantiate(callback) for callback in config.callbacks.values() if callback is not None]
+        for task in data.test_dataloader():
+            task.questions = task.questions[:2]
+            assert task.metrics(module.evaluate(task))
+        if not module.total_updates:
+            continue
+        batch = next(iter(data.train_dataloader()))
+        metrics = module.update(batch[0])
+        assert all(value.isfinite() for value in metrics.values())
+        trainer = SimpleNamespace(datamodule=data, is_global_zero=True, strategy=SimpleNamespace(barrier=lambda: None))
+        for callback in callbacks:
+            if isinstance(callback, ExpertExport):
+                callback.on_fit_end(trainer, module)
+                assert (tmp_path / arm / "seed_0" / "expert.safetensors").exists()
+
+
+def test_paper_scale_of_language_experiments():
+    config = composed("experiment=paper/svf_gsm8k")
+    assert (config.learning_rate, config.module.max_norm, config.protocol.batch_size) == (2e-3, 1e-3, 256)
+    assert (config.adapter.modules, config.adapter.layers, config.adapter.rescale) == ("mlp", "all", "nuclear")
+    assert config.protocol.most_tokens == 512
+    assert config.module.score_end is False
+    lora = composed("experiment=paper/svf_gsm8k", *config.arms.lora)
+    assert (lora.adapter.modules, lora.adapter.rank, lora.adapter.alpha) == ("attention", 16, 32)
+
+
+def test_a_missing_model_is_one_sentence(tmp_path):
+    config = composed("experiment=paper/svf_gsm8k", f"language_model.path={tmp_path}")
+    with pytest.raises(Exception, match=r"config\.json: expected the folder of a language model, found no such file"):
         instantiate(config.datamodule)

@@ -121,11 +121,12 @@ def test_processes_share_a_batch(folder, monkeypatch):
 
 
 def test_evaluation_asks_what_was_not_learned_from(folder):
-    data, policy = made(folder, lambda text: f" {total(text)}.", others={"x": family("lastnum"), "y": family("addm")})
+    settings = {"others": {"x": family("lastnum"), "y": family("addm")}, "other_questions": 25}
+    data, policy = made(folder, lambda text: f" {total(text)}.", **settings)
     (validation,) = data.val_dataloader()
     tests = list(data.test_dataloader())
     assert [task.name for task in tests] == ["addm", "lastnum"]
-    assert [len(task.questions) for task in (validation, *tests)] == [20, 30, 30]
+    assert [len(task.questions) for task in (validation, *tests)] == [20, 30, 25]
     assert not set(data.split(data.family, "train")) & {*validation.questions, *tests[0].questions}
     result = [policy.complete(*batch, most_tokens=tests[0].most_tokens) for batch in tests[0].batches]
     metrics = tests[0].metrics(result)

@@ -159,7 +159,7 @@ def checkpoint_leaves(run: Path) -> dict[str, Any]:
     data = [key for key in checkpoint if key.endswith("DataModule")]
     made_of = checkpoint["learning_method"]["recipe"]["datamodule"]["_target_"]
     # Batches of the others are functions of seed and update.
-    assert data or made_of.endswith(("RandomEpisodesDataModule", "BaseClassImages"))
+    assert data or made_of.endswith(("RandomEpisodesDataModule", "BaseClassImages", "LanguageDataModule"))
     saved = {key: checkpoint[key] for key in ("state_dict", "optimizer_states", "learning_method", *data)}
     saved["learning_method"].pop("recipe")  # holds paths
     return dict(flat(saved))

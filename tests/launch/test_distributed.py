@@ -9,6 +9,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tensordict import TensorDict
 from callbacks.run_log import read_rows
 from components.actor_objectives import AdvantageWeighted, DeterministicPolicyGradient
 from components.actors import DeterministicActor, EntropyTemperature, GaussianActor
+from components.adapters import SingularValueAdapter
 from components.classifiers import SmallConvNet
 from components.code_models import CategoricalVAE
 from components.distributed import rank, world_size
@@ -31,6 +33,7 @@ from components.vqvae import VQVAE
 from launch.checkpoints import load_checkpoint
 from lightning_modules.actor_critic import ActorCritic
 from lightning_modules.class_incremental import ClassIncremental
+from lightning_modules.expert_training import ExpertTraining
 from lightning_modules.forward_backward import ForwardBackward
 from lightning_modules.image_codec import ImageCodecTraining
 
@@ -132,6 +135,10 @@ def gradients() -> dict[str, list[torch.Tensor]]:
     for positives in ("class", "instance"):
         found[f"classifier, {positives}"] = classifier_gradients(pairs, labels, positives)
     found["autoencoder"] = autoencoder_gradients(pairs[:, 0])
+    tokens = torch.randint(3, 30, (ROWS, 8), generator=generator)[share]
+    rewards = torch.randn(ROWS, generator=generator)[share]
+    for baseline in ("none", "leave_one_out"):
+        found[f"expert, {baseline}"] = expert_gradients(tokens, rewards, baseline)
     found["code model"] = code_model_gradients(torch.randint(6, (ROWS, 4), generator=generator)[share])
     return found
 
@@ -174,6 +181,31 @@ def classifier_gradients(pairs: torch.Tensor, labels: torch.Tensor, positives: s
     module.begin_task(0, 3)
     loss = torch.nn.functional.cross_entropy(module.logits(module.features(pairs[:, 0])), labels)
     return minimised(module, loss + module.contrastive_loss(pairs, labels), module.optimizer)
+
+
+def expert_gradients(tokens: torch.Tensor, rewards: torch.Tensor, baseline: str) -> list[torch.Tensor]:
+    """Of a language model's rewarded completions, and their divergence from the base model."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=30, initializer_range=0.5)).eval()
+    module = ExpertTraining(
+        end=2,
+        language_model=SimpleNamespace(model=lambda dtype: model, checksum="of a model"),
+        adapter=partial(SingularValueAdapter, modules="both"),
+        optimizer=partial(torch.optim.SGD, lr=0.0),
+        max_norm=None,
+        baseline=baseline,
+        normalise_rewards=True,
+        kl_coefficient=0.1,
+        micro_batch=7,
+        updates=1,
+    )
+    ones = torch.ones(len(tokens), 4, dtype=torch.bool)
+    batch = {"prompt": tokens[:, :4], "prompt_mask": ones, "completion": tokens[:, 4:], "completion_mask": ones}
+    module.update(TensorDict({**batch, "right": rewards > 0, "reward": rewards}, [len(tokens)]))
+    return [parameter.grad for parameter in module.language.adapter.parameters.values()]
 
 
 def autoencoder_gradients(images: torch.Tensor) -> list[torch.Tensor]:
@@ -247,6 +279,8 @@ CASES = [
     "classifier, instance",
     "autoencoder",
     "code model",
+    "expert, none",
+    "expert, leave_one_out",
     *(f"actor-critic {part}, {m}" for part in ("critic", "pessimism", "actor", "temperature") for m in (1, 5)),
 ]
 

@@ -16,7 +16,9 @@ def test_seeds_may_differ_in_what_they_measured(tmp_path):
     runs = [Run("arm", seed, tmp_path / "arm" / f"seed_{seed}") for seed in range(2)]
     for run, found in zip(runs, metrics):
         write_json(run.results, {"updates": 10, "seconds": 1.0, "metrics": found})
-    config = OmegaConf.create({"name": "name", "summary": "A summary.", "notes": [], "curves_against": None})
+    config = OmegaConf.create(
+        {"name": "name", "summary": "A summary.", "notes": [], "curves_against": None, "training_curves": []}
+    )
     write_report(config, ["experiment=name"], runs, tmp_path)
     arm = json.loads((tmp_path / "results.json").read_text())["arms"]["arm"]
     assert arm["task/return"] == {"mean": 3.5, "stderr": 1.5, "n": 2}
@@ -37,7 +39,13 @@ def test_curves_of_many_arms_are_means_against_what_is_asked_for(tmp_path, monke
         write_json(run.results, {"updates": 10, "seconds": 1.0, "metrics": {"accuracy": [50.0]}})
         rows = [f"{step},0,1,{step // 5},{index + step}" for step in (5, 10)]
         (run.folder / "eval.csv").write_text("\n".join(["updates,env_steps,seconds,classes,accuracy", *rows]) + "\n")
-    config = {"name": "name", "summary": "A summary.", "notes": [], "curves_against": "classes"}
+    config = {
+        "name": "name",
+        "summary": "A summary.",
+        "notes": [],
+        "curves_against": "classes",
+        "training_curves": ["loss"],
+    }
     write_report(OmegaConf.create(config), ["experiment=name"], runs, tmp_path)
     assert {axis.get_title() for axis, _, _ in drawn} == {"accuracy"}
     assert drawn[0][0].get_xlabel() == "classes"
@@ -54,15 +62,37 @@ def test_what_is_drawn_against_something_else_gets_a_picture_of_its_own(tmp_path
     plot = Axes.plot
     monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: drawn.setdefault(self, a) and plot(self, *a, **k))
     runs = [Run(arm, 0, tmp_path / arm / "seed_0") for arm in ("codec", "classifier")]
+    (runs[1].folder).mkdir(parents=True)
+    (runs[1].folder / "train.csv").write_text("updates,env_steps,seconds,loss\n5,0,1,4\n6,0,1,5\n")
     for run, header, values in zip(runs, ("psnr", "classes,accuracy"), ("2", "2,3")):
         write_json(run.results, {"updates": 5, "seconds": 1.0, "metrics": {}})
         (run.folder / "eval.csv").write_text(f"updates,env_steps,seconds,{header}\n5,0,1,{values}\n")
-    config = {"name": "name", "summary": "A summary.", "notes": [], "curves_against": "classes"}
+    config = {
+        "name": "name",
+        "summary": "A summary.",
+        "notes": [],
+        "curves_against": "classes",
+        "training_curves": ["loss"],
+    }
     write_report(OmegaConf.create(config), ["experiment=name"], runs, tmp_path)
     assert {axis.get_title(): (axis.get_xlabel(), *points) for axis, points in drawn.items()} == {
         "accuracy": ("classes", [2.0], [3.0]),
         "psnr": ("updates", [5.0], [2.0]),
+        "train/loss": ("updates", [5.0, 6.0], [4.0, 5.0]),
     }
     report = (tmp_path / "report.md").read_text()
     assert report.index("](learning_curves.png)") < report.index("](learning_curves_2.png)")
     assert (tmp_path / "learning_curves_2.png").exists()
+
+
+def test_what_language_models_said_stands_beside_each_other(tmp_path):
+    runs = [Run(arm, seed, tmp_path / arm / f"seed_{seed}") for arm in ("base", "svf") for seed in range(2)]
+    for run in runs:
+        write_json(run.results, {"updates": 5, "seconds": 1.0, "metrics": {"x": [1.0]}})
+        said = {"question": "a|b?", "answer": "a", "completion": f" {run.arm}\n{run.seed}.", "right": run.arm == "svf"}
+        write_json(run.folder / "completions.json", {"sums": [said]})
+    config = {"name": "name", "summary": "A summary.", "notes": [], "curves_against": None, "training_curves": []}
+    write_report(OmegaConf.create(config), ["experiment=name"], runs, tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    assert "| sums | answer | base | svf |\n|---|---|---|---|\n| a\\|b? | a | base 0. ✗ | svf 0. ✓ |\n" in report
+    assert "base 1." not in report

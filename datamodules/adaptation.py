@@ -1,0 +1,172 @@
+"""Families of questions that nobody trained for, a few of them with answers, and what kind of question they are.
+
+Dimensions: B prompts, L prompt tokens, T completion tokens, P candidates.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from components.checks import check_counts
+from components.language_models import PretrainedFolder
+from datamodules.language import Prompts, QuestionsTask
+from datamodules.questions import Categories, Question, QuestionFamily
+from datamodules.sampling import EvaluationTasks, Stacks
+
+
+class AdaptationDataModule(L.LightningDataModule):
+    """Shots and tests of several families, which a method adapts to one after the other.
+
+    Args:
+        language_model: folder of the model, for its tokenizer.
+        families: that are adapted to, by any name.
+        categories: kinds of questions that there are experts for, and how the model is asked for them.
+        kinds: the category of each family, by the family's name, for the record alone.
+        template: of prompts, see `Prompts`.
+        turn_end: what follows an answer in a prompt with examples.
+        most_tokens: of a completion.
+        shots: questions of each family whose answers may be used.
+        in_context: shots that are put before each question as examples.
+        test_questions: of each family at most.
+        evaluation_batch: prompts in one pass.
+        split_seed: of the splits; the experts' own.
+    """
+
+    def __init__(
+        self,
+        language_model: PretrainedFolder,
+        families: Mapping[str, QuestionFamily],
+        *,
+        categories: Categories,
+        kinds: Mapping[str, str],
+        template: str | None = None,
+        turn_end: str = "",
+        most_tokens: int,
+        shots: int,
+        in_context: int = 0,
+        test_questions: int,
+        evaluation_batch: int = 100,
+        split_seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_counts(
+            most_tokens=most_tokens, shots=shots, test_questions=test_questions, evaluation_batch=evaluation_batch
+        )
+        if not 0 <= in_context <= shots:
+            raise ValueError(f"in_context={in_context}: expected from 0 to shots={shots}.")
+        self.prompts = Prompts(language_model, template)
+        self.families = list(families.values())
+        self.categories = categories
+        self.kinds = {family.name: list(categories.families).index(kinds[family.name]) for family in self.families}
+        self.turn_end = turn_end
+        self.most_tokens = most_tokens
+        self.shots = shots
+        self.in_context = in_context
+        self.test_questions = test_questions
+        self.evaluation_batch = evaluation_batch
+        self.split_seed = split_seed
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        return {
+            "end": self.prompts.end,
+            "families": len(self.families),
+            "categories": list(self.categories.families),
+        }
+
+    def shots_of(self, number: int) -> list[Question]:
+        """Questions of a family whose answers may be used."""
+        return self.families[number].splits(self.split_seed)["train"][: self.shots]
+
+    # -- Lightning ----------------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> Stacks:
+        assert self.trainer is not None
+        module = self.trainer.lightning_module
+        return Stacks(lambda update: self._judged(module, update)[None], 1, module.updates, module.total_updates)
+
+    def _judged(self, module: Any, update: int) -> TensorDict:
+        """Which of a method's candidates answer which shots rightly, [P, B]."""
+        number = update // module.rounds
+        family, shots = self.families[number], self.shots_of(number)
+        prompt, mask = self.prompts.encode([self.prompts.text(shot.text, family.prefix) for shot in shots])
+        right, log_prob = [], []
+        for attempt in module.attempt(number, prompt, mask, self.most_tokens):
+            texts = self.prompts.decode(attempt.tokens, attempt.mask)
+            right.append(torch.tensor([family.right(text, shot.answer) for text, shot in zip(texts, shots)]))
+            log_prob.append(attempt.log_prob.cpu())
+        batch = {"right": torch.stack(right), "log_prob": torch.stack(log_prob)}
+        return TensorDict({name: each.to(module.device) for name, each in batch.items()}, batch_size=[len(right)])
+
+    def val_dataloader(self) -> EvaluationTasks:
+        return EvaluationTasks([])
+
+    def test_dataloader(self) -> EvaluationTasks:
+        return EvaluationTasks([AdaptationTask(self, number) for number in range(len(self.families))])
+
+    def choose_tasks(self, protocol: str | None = None, reward: str | None = None) -> None:
+        """There is but one way to ask questions.
+
+        Raises:
+            ValueError: another is asked for.
+        """
+        for name, value in (("protocol", protocol), ("reward", reward)):
+            if value is not None:
+                raise ValueError(f"{name}={value}: expected an experiment with an environment, found one of language.")
+
+
+class AdaptationTask(QuestionsTask):
+    """Test questions of a family, and the question what kind they are."""
+
+    def __init__(self, data: AdaptationDataModule, number: int) -> None:
+        family = data.families[number]
+        questions = family.splits(data.split_seed)["test"][: data.test_questions]
+        super().__init__(family.name, family, questions, data.prompts, data.most_tokens, data.evaluation_batch)
+        self.family_number = number
+        self.categories = data.categories
+        self.kind = data.kinds[family.name]
+        examples = data.shots_of(number)[: data.in_context]
+        turns = [
+            data.prompts.text(each.text, family.prefix) + family.reference(each.answer) + data.turn_end
+            for each in examples
+        ]
+        self._before = "".join(turns)
+
+    def prompts_of(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Prompts [B, L] of some questions, and their mask."""
+        texts = [self.prompts.text(self.questions[row].text, self.family.prefix) for row in rows]
+        return self.prompts.encode([self._before + text for text in texts])
+
+    @property
+    def kind_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Prompts [B, L] that ask what kind of question each one is, and their masks."""
+        for begin in range(0, len(self.questions), self.batch):
+            asked = [self.categories.asked(each.text) for each in self.questions[begin : begin + self.batch]]
+            yield self.prompts.encode([self.prompts.text(text, self.categories.prefix) for text in asked])
+
+    def kinds(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """The categories [B] that completions of these name, -1 for none."""
+        names = list(self.categories.families)
+        read = [self.categories.read(text) for text in self.prompts.decode(tokens, mask)]
+        return torch.tensor([-1 if name is None else names.index(name) for name in read])
+
+    def texts(self, result: Any) -> list[str]:
+        return super().texts(result.completions)
+
+    def metrics(self, result: Any) -> dict[str, list[float]]:
+        """As of other questions; where they were sorted, also how many in a hundred were taken for what."""
+        found = {
+            f"{self.name}/accuracy": [
+                100.0 * self.family.right(text, each.answer) for text, each in zip(self.texts(result), self.questions)
+            ]
+        }
+        if result.kinds is not None:
+            found[f"{self.name}/kind_accuracy"] = (100.0 * (result.kinds == self.kind)).tolist()
+            for kind, name in enumerate([*self.categories.families, "none"]):
+                taken = result.kinds == (kind if name != "none" else -1)
+                found[f"{self.name}/taken_for_{name}"] = (100.0 * taken).tolist()
+        return found

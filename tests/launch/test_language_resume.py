@@ -1,0 +1,115 @@
+"""Experts of a language model: stop at any update, and go on exactly; two processes, and other programs."""
+
+import time
+
+import pytest
+
+from callbacks.run_log import read_rows
+from launch.checkpoints import load_checkpoint
+
+DDP = ("trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu")
+
+
+@pytest.fixture(scope="module")
+def small(language_folder, tmp_path_factory) -> tuple[str, ...]:
+    """A study of the tiny model, whose answers are sampled."""
+    return (
+        "experiment=svf_larger",
+        *(f"~arms.{arm}" for arm in ("untrained", "svf_next_token", "lora", "lora_next_token")),
+        "language_model=folder",
+        f"language_model.path={language_folder}",
+        f"data_root={tmp_path_factory.mktemp('data')}",
+        "datamodule.temperature=1.0",
+        "module.baseline=leave_one_out",
+        "module.kl_coefficient=0.1",
+        "module.micro_batch=4",
+        "updates=40",
+        "checkpoint_every=5",
+        "protocol.batch_size=8",
+        "protocol.evaluate_every=20",
+        "protocol.validation_questions=8",
+        "protocol.test_questions=8",
+        "datamodule.other_questions=4",
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(program, small, tmp_path_factory):
+    finished = program(*small, f"output_root={tmp_path_factory.mktemp('whole')}")
+    assert finished.code == 0, finished.err
+    return finished.folder
+
+
+def test_killed_runs_go_on_bit_for_bit(
+    assert_same_runs, program, small, spawn, wait_for_updates, uninterrupted, tmp_path
+):
+    for attempt, updates in enumerate((7, 23)):
+        process = spawn(*small, f"output_root={tmp_path}", *(["ckpt_path=last"] if attempt else []))
+        wait_for_updates(process, tmp_path, "svf", updates)
+        time.sleep(0.02)
+        process.kill()
+        process.wait()
+    (folder,) = (tmp_path / "svf_larger").iterdir()
+    saved = load_checkpoint(folder / "svf" / "seed_0" / "checkpoints" / "last.ckpt")
+    assert 20 <= saved["learning_method"]["updates"] < 40
+    finished = program("experiment=svf_larger", f"ckpt_path={folder}")
+    assert finished.code == 0, finished.err
+    experts = [(path / "svf/seed_0/expert.safetensors").read_bytes() for path in (folder, uninterrupted)]
+    assert experts[0] == experts[1]
+    assert_same_runs(folder, uninterrupted, ["svf"], holds=("exp_avg_sq", "best_0", "original0"))
+
+
+def test_a_report_of_all_arms(uninterrupted):
+    report = (uninterrupted / "report.md").read_text()
+    assert "| | base | svf | shuffled |" in report
+    for metric in ("larger/accuracy", "addm/accuracy", "lastword/accuracy", "parameters"):
+        assert f"| {metric} |" in report
+    assert "| larger | answer | base | svf | shuffled |" in report
+    assert (uninterrupted / "learning_curves.png").exists()
+    rows = read_rows(uninterrupted / "svf" / "seed_0" / "train.csv")[1]
+    assert [int(row["updates"]) for row in rows] == list(range(1, 41))
+    assert {"accuracy", "kl", "gradient_norm"} <= rows[0].keys()
+
+
+def test_checkpoints_hold_what_is_trained_alone(uninterrupted):
+    saved = load_checkpoint(uninterrupted / "svf" / "seed_0" / "checkpoints" / "last.ckpt")
+    assert not [name for name in saved["state_dict"] if "embed_tokens" in name]
+
+
+def test_two_processes_learn_and_resume(spawn, small, wait_for_updates, tmp_path):
+    arguments = (*small, *DDP, f"output_root={tmp_path}")
+    first = spawn(*arguments)
+    wait_for_updates(first, tmp_path, "svf", 12)
+    first.kill()
+    first.wait()
+    second = spawn(*arguments, "ckpt_path=last")
+    out, err = second.communicate(timeout=200)
+    assert second.returncode == 0, err
+    assert "resuming after" in out
+    (folder,) = (tmp_path / "svf_larger").iterdir()
+    rows = read_rows(folder / "svf" / "seed_0" / "train.csv")[1]
+    assert [int(row["updates"]) for row in rows] == list(range(1, 41))
+    assert "| | base | svf | shuffled |" in (folder / "report.md").read_text()
+
+
+def test_a_checkpoint_of_another_model_is_refused(program, small, uninterrupted, tmp_path, language_folder):
+    import shutil
+
+    other = tmp_path / "model"
+    shutil.copytree(language_folder, other)
+    weights = other / "model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(bytes(damaged))
+    folder = tmp_path / "study"
+    shutil.copytree(uninterrupted, folder)
+    (folder / "svf" / "seed_0" / "results.json").unlink()
+    finished = program("experiment=svf_larger", f"ckpt_path={folder}", f"language_model.path={other}")
+    assert finished.code == 1
+    assert "is finished: expected" in finished.err
+    for arm in ("base", "shuffled"):
+        (folder / arm / "seed_0" / "results.json").unlink()
+        shutil.rmtree(folder / arm)
+    finished = program("experiment=svf_larger", f"ckpt_path={folder}", f"language_model.path={other}")
+    assert finished.code == 1
+    assert "The checkpoint adapts the model" in finished.err
