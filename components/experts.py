@@ -5,6 +5,7 @@ Sun, Cetin and Tang, "Transformer-Squared: Self-adaptive LLMs", arXiv 2501.06252
 Dimensions: K experts, A adapted matrices, r singular values of one.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-FORMAT = "tenfold-expert-1"
+FORMAT = "tenfold expert 1"
 
 
 @dataclass
@@ -40,14 +41,9 @@ class Expert:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.saving")
-        metadata = {
-            "format": FORMAT,
-            "base": self.base,
-            "task": self.task,
-            "largest": "" if self.largest is None else repr(self.largest),
-            "rescale": self.rescale,
-        }
-        save_file({name: scales.contiguous() for name, scales in self.scales.items()}, temporary, metadata)
+        about = {"base": self.base, "task": self.task, "largest": self.largest, "rescale": self.rescale}
+        # One entry alone: of several the order, and with it the file, would be another each time.
+        save_file({name: z.contiguous() for name, z in self.scales.items()}, temporary, {FORMAT: json.dumps(about)})
         temporary.replace(path)
 
     @staticmethod
@@ -63,16 +59,16 @@ class Expert:
             raise FileNotFoundError(f"{path}: expected the file of an expert vector, found none.")
         try:
             with safe_open(path, "pt") as file:
-                found = file.metadata() or {}
+                metadata = file.metadata() or {}
                 scales = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: expected the file of an expert vector, found a damaged one ({error}).") from None
-        if found.get("format") != FORMAT:
+        if FORMAT not in metadata:
             raise ValueError(f"{path}: expected the file of an expert vector, found another kind of file.")
+        found = json.loads(metadata[FORMAT])
         if found["base"] != base:
             raise ValueError(f"{path}: expected an expert of the model {base}, found one of the model {found['base']}.")
-        largest = float(found["largest"]) if found["largest"] else None
-        return Expert(scales, found["base"], found["task"], largest, found["rescale"])
+        return Expert(scales, **found)
 
     def shuffled(self, seed: int) -> "Expert":
         """A control: every matrix' scales in another order, so that only their distribution is left."""

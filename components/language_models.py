@@ -185,14 +185,16 @@ def completion_logits(
     """Logits of the tokens of completions [B, T] of prompts [B, L], in single precision, [B, T, V]."""
     mask = torch.cat([prompt_mask.bool(), completion_mask.bool()], 1)
     places = (mask.cumsum(1) - 1).clamp(min=0)
+    # Indices, not a slice: of a slice the output layer would make a product with a copy of its weights for each row.
+    kept = torch.arange(prompt.shape[1] - 1, mask.shape[1] - 1, device=mask.device)
     logits = model(
         input_ids=torch.cat([prompt, completion], 1),
         attention_mask=mask.long(),
         position_ids=places,
         use_cache=False,
-        logits_to_keep=completion.shape[1] + 1,
+        logits_to_keep=kept,
     ).logits
-    return logits[:, :-1].float()
+    return logits.float()
 
 
 def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:

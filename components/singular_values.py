@@ -45,11 +45,12 @@ def decompose(weight: Tensor, cache: str | Path | None = None) -> SVD:
     if path is not None and path.exists():
         found = load_file(path, device=str(weight.device))
         return SVD(found["u"], found["s"], found["vh"])
-    svd = SVD(*torch.linalg.svd(weight.detach().float(), full_matrices=False))
+    parts = torch.linalg.svd(weight.detach().float(), full_matrices=False)
+    svd = SVD(*(part.contiguous() for part in parts))  # as they are read again: products would round differently
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.saving")
-        save_file({name: part.contiguous() for name, part in svd._asdict().items()}, temporary)
+        save_file(svd._asdict(), temporary)
         temporary.replace(path)
     return svd
 

@@ -112,6 +112,7 @@ def test_decompositions_are_kept_by_the_weights_they_are_of(tmp_path, monkeypatc
     monkeypatch.setattr(torch.linalg, "svd", lambda *_, **__: pytest.fail("decomposed again"))
     again = decompose(weight.clone(), tmp_path)
     assert all(torch.equal(one, another) for one, another in zip(first, again))
+    assert all(one.stride() == another.stride() for one, another in zip(first, again))
     assert checksum(weight) != checksum(weight.T.contiguous())
     assert checksum(weight) != checksum(weight.double())
     with pytest.raises(pytest.fail.Exception):
