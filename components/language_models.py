@@ -3,8 +3,12 @@
 Dimensions: B prompts, L prompt tokens, T completion tokens, V vocabulary.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
+import io
+import os
+import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,18 +114,24 @@ def _packaged_file(package: str) -> Path:
 def _convert(file: Path, path: Path) -> None:
     """Write the model of a GGUF file with float weights; what the library loads of one can't be saved as it is."""
     transformers = _transformers()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    print(f"Making float weights of {file.name} once, in {path}: about half a minute.", flush=True)
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that can't be switched off
+        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32
+        )
     settings = {name: value for name, value in loaded.config.to_dict().items() if name != "quantization_config"}
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
-    temporary = path.with_name(f".{path.name}.converting")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.replace(path)
+    try:
+        temporary.replace(path)
+    except OSError:  # another process was first
+        shutil.rmtree(temporary)
 
 
 def _computes_bfloat16() -> bool:

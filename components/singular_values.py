@@ -7,6 +7,7 @@ Dimensions: o rows and i columns of a weight, r = min(o, i).
 """
 
 import hashlib
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +50,7 @@ def decompose(weight: Tensor, cache: str | Path | None = None) -> SVD:
     svd = SVD(*(part.contiguous() for part in parts))  # as they are read again: products would round differently
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.saving")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")  # processes may save at once
         save_file(svd._asdict(), temporary)
         temporary.replace(path)
     return svd

@@ -509,7 +509,8 @@ def test_a_codec_that_was_not_trained_is_one_sentence(tmp_path):
 
 LANGUAGE = sorted(
     str(path.relative_to(CONFIGS / "experiment").with_suffix(""))
-    for path in (CONFIGS / "experiment").rglob("svf_*.yaml")
+    for pattern in ("svf_*.yaml", "transformer_squared.yaml")
+    for path in (CONFIGS / "experiment").rglob(pattern)
 )
 
 

@@ -1,6 +1,7 @@
 """Experts of a language model: stop at any update, and go on exactly; two processes, and other programs."""
 
 import time
+from pathlib import Path
 
 import pytest
 
@@ -113,3 +114,57 @@ def test_a_checkpoint_of_another_model_is_refused(program, small, uninterrupted,
     finished = program("experiment=svf_larger", f"ckpt_path={folder}", f"language_model.path={other}")
     assert finished.code == 1
     assert "The checkpoint adapts the model" in finished.err
+
+
+@pytest.fixture(scope="module")
+def adaptation(language_folder, tmp_path_factory) -> tuple[str, ...]:
+    """Two experts of few updates, and a search for their mixtures."""
+    return (
+        "experiment=transformer_squared",
+        *(
+            f"~arms.{arm}"
+            for arm in ("expert_addm", "classifier_expert", "base", "in_context", "uniform", "classifier")
+        ),
+        "~experts.arithmetic",
+        "language_model=folder",
+        f"language_model.path={language_folder}",
+        f"data_root={tmp_path_factory.mktemp('data')}",
+        "updates=5",
+        "arms.cem=[module.strategy=search, module.updates=30, module.search.population=10]",
+        "checkpoint_every=5",
+        "protocol.batch_size=4",
+        "protocol.validation_questions=4",
+        "protocol.test_questions=4",
+        "protocol.shots=4",
+        "datamodule.evaluation_batch=3",
+    )
+
+
+def test_a_killed_search_goes_on_bit_for_bit(assert_same_runs, program, adaptation, spawn, wait_for_updates, tmp_path):
+    whole = program(*adaptation, f"output_root={tmp_path / 'whole'}")
+    assert whole.code == 0, whole.err
+    assert (whole.folder / "prompt" / "seed_0" / "confusion.png").exists()
+    assert not (whole.folder / "cem" / "seed_0" / "confusion.png").exists()
+    report = (whole.folder / "report.md").read_text()
+    assert "| | expert_larger | expert_lastword | prompt | best_expert | cem |" in report
+    assert "| largest3/accuracy |" in report
+    process = spawn(*adaptation, f"output_root={tmp_path / 'killed'}")
+    wait_for_updates(process, tmp_path / "killed", "cem", 13)
+    process.kill()
+    process.wait()
+    (folder,) = (tmp_path / "killed" / "transformer_squared").iterdir()
+    saved = load_checkpoint(folder / "cem" / "seed_0" / "checkpoints" / "last.ckpt")
+    assert 10 <= saved["learning_method"]["updates"] < 30
+    finished = program("experiment=transformer_squared", f"ckpt_path={folder}")
+    assert finished.code == 0, finished.err
+    assert_same_runs(folder, whole.folder, ["cem", "best_expert"], holds=("chosen",))
+
+
+def test_two_processes_share_a_population(spawn, adaptation, tmp_path):
+    """They try half of the candidates each."""
+    both = spawn(*adaptation, "~arms.prompt", "~arms.best_expert", *DDP, f"output_root={tmp_path / 'two'}")
+    out, err = both.communicate(timeout=200)
+    assert both.returncode == 0, err
+    rows = read_rows(Path(out.strip().splitlines()[-1]) / "cem" / "seed_0" / "train.csv")[1]
+    assert [int(row["updates"]) for row in rows] == list(range(1, 31))
+    assert {"accuracy", "best_accuracy"} <= rows[0].keys()
