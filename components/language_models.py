@@ -19,8 +19,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-EXTRA = "language models need more packages: run `make install`, or install the extra `language`."
-
 
 class PretrainedFolder:
     """A causal language model in a folder as `transformers` writes it; nothing is fetched, no code in it is run.
@@ -94,7 +92,7 @@ def smollm2(path: str | Path) -> PretrainedFolder:
         path: folder of the float weights.
 
     Raises:
-        ModuleNotFoundError: the package is not installed.
+        ValueError: the package is not installed.
     """
     path = Path(path)
     if not (path / "model.safetensors").exists():
@@ -106,9 +104,15 @@ def _packaged_file(package: str) -> Path:
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
-        raise ModuleNotFoundError(f"{package} is not installed: {EXTRA}") from None
+        raise _missing(package) from None
     (file,) = [file for file in files if file.suffix == ".gguf"]
     return Path(file.locate())
+
+
+def _missing(package: str) -> ValueError:
+    return ValueError(
+        f'language_model: expected {package} (make install, or pip install "tenfold[language]"), found none.'
+    )
 
 
 def _convert(file: Path, path: Path) -> None:
@@ -144,7 +148,7 @@ def _transformers() -> Any:
     try:
         import transformers
     except ModuleNotFoundError:
-        raise ModuleNotFoundError(f"transformers is not installed: {EXTRA}") from None
+        raise _missing("transformers") from None
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     return transformers

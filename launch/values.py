@@ -38,6 +38,12 @@ def _target(name: str, key: str) -> Any:
     try:
         return get_object(name)
     except Exception as error:  # Hydra raises what importing raises
+        if isinstance(error.__cause__, ModuleNotFoundError):
+            package = error.__cause__.name.split(".")[0]
+            raise ValueError(
+                f"{key}._target_={name}: expected the package {package} (make install, or pip install one of this "
+                "project's extras), found none."
+            ) from error
         raise ValueError(f"{key}._target_={name}: expected something to import: {error}") from error
 
 

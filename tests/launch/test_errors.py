@@ -1,6 +1,10 @@
 """Bad input gets one sentence and an exit code, and nothing that was there is lost."""
 
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from launch.checkpoints import AtomicCheckpointIO, load_checkpoint
 from launch.files import write_json
 from launch.study import Run, _check_finished
 
+ROOT = Path(__file__).resolve().parents[2]
 RUN = "fb_aw_narrow/seed_0"
 CHECKPOINT = f"{RUN}/checkpoints/last.ckpt"
 
@@ -185,3 +190,23 @@ def test_traceback_is_shown_when_asked_for(program, one_arm, tmp_path, monkeypat
     monkeypatch.setenv("TENFOLD_TRACEBACK", "1")
     with pytest.raises(InstantiationException, match="no multiple"):
         program(*one_arm, f"output_root={tmp_path}", "module.updates=122")
+
+
+def test_experiments_that_need_more_packages_name_them(tmp_path, language_folder):
+    program = (
+        "import sys; sys.modules['safetensors'] = None; sys.argv[0] = 'train.py'\n"
+        "import train\n"
+        "sys.exit(train.run_reporting_errors(train.main))\n"
+    )
+    overrides = ["experiment=svf_larger", "language_model=folder", f"language_model.path={language_folder}"]
+    finished = subprocess.run(
+        [sys.executable, "-c", program, *overrides, f"output_root={tmp_path}"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 1, finished.stderr
+    expected = "expected the package safetensors (make install, or pip install one of this project's extras), found"
+    assert expected in finished.stderr
+    assert finished.stderr.count("\n") == 1, finished.stderr

@@ -140,6 +140,11 @@ def test_the_best_expert_is_that_of_most_right_answers_and_then_the_surest(made)
     judged(module, [[True, False], [False, True]], [[-1.0, 0.0], [-9.0, -2.0]])
     assert module.chosen.tolist() == [[0.0, 1.0], [1.0, 0.0]]
     assert answered(module) == completions(module, module.experts[0].scales)
+    assert module.scores["family/weight_of_arithmetic"] == [1.0]
+    assert module.scores["family/weight_of_list"] == [0.0]
+    module.scores |= {"a/accuracy": [100.0, 0.0], "b/accuracy": [100.0], "b/kind_accuracy": [0.0]}
+    module.on_test_epoch_end()
+    assert module.scores["average/accuracy"] == [50.0, 100.0]
 
 
 @pytest.mark.parametrize("per_matrix", [False, True])
