@@ -89,7 +89,8 @@ def _drop_frozen(module: AdaptedModel, state: dict[str, Any], prefix: str, _: An
 
 
 def _forgive_frozen(module: AdaptedModel, keys: Any) -> None:
-    frozen = {*dict(module.named_parameters()), *dict(module.named_buffers())} - module._trained
+    every = {*dict(module.named_parameters(remove_duplicate=False)), *dict(module.named_buffers())}
+    frozen = every - module._trained
     keys.missing_keys[:] = [
         key for key in keys.missing_keys if not any(key == name or key.endswith(f".{name}") for name in frozen)
     ]

@@ -15,10 +15,10 @@ from components.checks import check_counts
 from components.language_models import PretrainedFolder
 from datamodules.language import Prompts, QuestionsTask
 from datamodules.questions import Categories, Question, QuestionFamily
-from datamodules.sampling import EvaluationTasks, Stacks
+from datamodules.sampling import EvaluationTasks, FixedTasks, Stacks
 
 
-class AdaptationDataModule(L.LightningDataModule):
+class AdaptationDataModule(FixedTasks, L.LightningDataModule):
     """Shots and tests of several families, which a method adapts to one after the other.
 
     Args:
@@ -107,16 +107,6 @@ class AdaptationDataModule(L.LightningDataModule):
 
     def test_dataloader(self) -> EvaluationTasks:
         return EvaluationTasks([AdaptationTask(self, number) for number in range(len(self.families))])
-
-    def choose_tasks(self, protocol: str | None = None, reward: str | None = None) -> None:
-        """There is but one way to ask questions.
-
-        Raises:
-            ValueError: another is asked for.
-        """
-        for name, value in (("protocol", protocol), ("reward", reward)):
-            if value is not None:
-                raise ValueError(f"{name}={value}: expected an experiment with an environment, found one of language.")
 
 
 class AdaptationTask(QuestionsTask):

@@ -22,13 +22,13 @@ from components.distributed import rank, world_size
 from components.exemplars import ExemplarMemory, ImageStore, RawStore
 from components.image_codec import STREAMS, ImageCodec
 from datamodules.images import LabelledImages
-from datamodules.sampling import EvaluationTasks, Stacks, batch_generator
+from datamodules.sampling import EvaluationTasks, FixedTasks, Stacks, batch_generator
 
 VIEWS = ("raw", "reconstructed", "both")
 SELECTIONS = ("random", "herding")
 
 
-class ImageDataModule(L.LightningDataModule):
+class ImageDataModule(FixedTasks, L.LightningDataModule):
     """Images whose classes are put in an order, a group of them first and then one small group after the other.
 
     Args:
@@ -128,16 +128,6 @@ class ImageDataModule(L.LightningDataModule):
         """Training images of classes first .. end - 1, and their labels."""
         chosen = (self.data.labels >= first) & (self.data.labels < end)
         return self.data.images[chosen], self.data.labels[chosen]
-
-    def choose_tasks(self, protocol: str | None = None, reward: str | None = None) -> None:
-        """There is but one way to evaluate images.
-
-        Raises:
-            ValueError: another is asked for.
-        """
-        for name, value in (("protocol", protocol), ("reward", reward)):
-            if value is not None:
-                raise ValueError(f"{name}={value}: expected an experiment with an environment, found one of images.")
 
     def share(self) -> int:
         """The part of a batch that a process draws."""

@@ -16,7 +16,7 @@ from components.checks import check_counts
 from components.distributed import rank, world_size
 from components.language_models import PretrainedFolder
 from datamodules.questions import Question, QuestionFamily
-from datamodules.sampling import EvaluationTasks, Stacks
+from datamodules.sampling import EvaluationTasks, FixedTasks, Stacks
 
 COMPLETIONS = ("sampled", "reference")
 
@@ -68,7 +68,7 @@ class Prompts:
         ]
 
 
-class LanguageDataModule(L.LightningDataModule):
+class LanguageDataModule(FixedTasks, L.LightningDataModule):
     """A family of questions: at each update some are asked of the policy as it is, and its answers verified.
 
     Questions are drawn without replacement, all of the training split before any comes again; several processes share a
@@ -211,16 +211,6 @@ class LanguageDataModule(L.LightningDataModule):
 
     def task(self, name: str, family: QuestionFamily, questions: Sequence[Question]) -> "QuestionsTask":
         return QuestionsTask(name, family, questions, self.prompts, self.most_tokens, self.evaluation_batch)
-
-    def choose_tasks(self, protocol: str | None = None, reward: str | None = None) -> None:
-        """There is but one way to ask questions.
-
-        Raises:
-            ValueError: another is asked for.
-        """
-        for name, value in (("protocol", protocol), ("reward", reward)):
-            if value is not None:
-                raise ValueError(f"{name}={value}: expected an experiment with an environment, found one of language.")
 
 
 class QuestionsTask:

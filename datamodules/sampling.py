@@ -81,3 +81,17 @@ class EvaluationTasks:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.tasks)
+
+
+class FixedTasks:
+    """For datamodules that can be evaluated in one way only."""
+
+    def choose_tasks(self, protocol: str | None = None, reward: str | None = None) -> None:
+        """Refuse another way.
+
+        Raises:
+            ValueError: it is asked for.
+        """
+        for name, value in (("protocol", protocol), ("reward", reward)):
+            if value is not None:
+                raise ValueError(f"{name}={value}: expected an experiment with an environment, found one without.")

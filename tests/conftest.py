@@ -110,6 +110,7 @@ def language_folder(tmp_path_factory) -> Path:
         "num_key_value_heads": 2,
         "vocab_size": len(alphabet) + 1,
         "initializer_range": 0.5,
+        "tie_word_embeddings": True,
     }
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(folder)

@@ -118,3 +118,27 @@ def test_a_checkpoint_calls_what_is_trusted_by_name():
     check_targets(recipe, Path("a.ckpt"), ("json",))
     with pytest.raises(ValueError, match="expected a recipe"):  # imported there, but not of there
         check_targets({"_target_": "json.decoder.scanner.re.compile"}, Path("a.ckpt"), ("json",))
+
+
+def test_an_expert_is_evaluated_with_the_model_that_it_adapts(program, language_folder, tmp_path):
+    """What its checkpoint does not hold, the model's weights, is read where they are."""
+    trained = program(
+        "experiment=svf_larger",
+        "arms=null",
+        "language_model=folder",
+        f"language_model.path={language_folder}",
+        *(f"protocol.{name}=4" for name in ("batch_size", "validation_questions", "test_questions")),
+        "datamodule.other_questions=4",
+        "updates=5",
+        f"data_root={tmp_path}",
+        f"output_root={tmp_path}",
+    )
+    assert trained.code == 0, trained.err
+    code, out, err = call(f"ckpt_path={trained.folder}")
+    assert (code, err) == (0, "")
+    found = json.loads((Path(out.strip().splitlines()[-1]) / "results.json").read_text())["metrics"]
+    expected = json.loads((trained.folder / "svf_larger" / "seed_0" / "results.json").read_text())["metrics"]
+    assert found == expected
+    code, out, err = call(f"ckpt_path={trained.folder}", "protocol=x")
+    assert code != 0
+    assert "protocol=x: expected an experiment with an environment, found one without" in err
