@@ -184,16 +184,16 @@ class LanguageDataModule(FixedTasks, L.LightningDataModule):
             tokens, kept = module.complete(prompt, mask, most_tokens=self.most_tokens, temperature=self.temperature)
             texts = self.prompts.decode(tokens, kept)
             right = torch.tensor([self.family.right(text, each.answer) for text, each in zip(texts, questions)])
+            judged = {"right": right, "reward": torch.where(right, 1.0, self.reward_wrong)}
         else:
             tokens, kept = self.prompts.encode_completions([self.family.reference(each.answer) for each in questions])
-            right = torch.ones(len(questions), dtype=torch.bool)
+            judged = {"reward": torch.ones(len(questions))}
         batch = {
             "prompt": prompt,
             "prompt_mask": mask.bool(),
             "completion": tokens,
             "completion_mask": kept,
-            "right": right,
-            "reward": torch.where(right, 1.0, self.reward_wrong),
+            **judged,
         }
         return TensorDict({name: each.to(module.device) for name, each in batch.items()}, batch_size=[len(questions)])
 

@@ -154,7 +154,9 @@ def _plot_curves(
         evaluated, learned = (_records(run.folder / f"{kind}.csv") for kind in ("eval", "train"))
         clocks = ("updates", "env_steps", "seconds", config.curves_against)
         columns = [(evaluated, name, name) for name in (evaluated[0] if evaluated else ()) if name not in clocks]
-        columns += [(learned, name, f"train/{name}") for name in config.training_curves if learned]
+        columns += [
+            (learned, name, f"train/{name}") for name in config.training_curves if learned and name in learned[0]
+        ]
         for rows, column, metric in columns:
             clock = "env_steps" if int(rows[-1]["env_steps"]) else "updates"
             clock = config.curves_against if config.curves_against in rows[0] else clock

@@ -28,8 +28,9 @@ class ExpertTraining(LearningMethod):
     """REINFORCE with a penalty on the divergence from the base model; with reference answers, likelihood.
 
     A batch has `prompt` [B, L] and `prompt_mask`, `completion` [B, T] and `completion_mask`, true up to the end of
-    each, `right` and `reward` [B]. The tokens that were drawn are the tokens that are scored. Where completions are
-    reference answers with rewards of one, the same loss is next-token prediction.
+    each, and `reward` [B]; `right` [B], for the record, where the policy answered. The tokens that were drawn are the
+    tokens that are scored. Where completions are reference answers with rewards of one, the same loss is next-token
+    prediction.
 
     Parameters with the best validation are kept, and are what is tested and exported in the end.
 
@@ -131,9 +132,10 @@ class ExpertTraining(LearningMethod):
         norm = self.step(adapter.gradients(gradients), self.optimizer, self.max_norm)
         metrics = {
             "loss": total[0] + self.kl_coefficient * total[1],
-            "accuracy": 100 * batch["right"].float().mean(),
             "tokens": batch["completion_mask"].sum(1).float().mean(),
         }
+        if "right" in batch.keys():  # noqa: SIM118 - a TensorDict iterates over its rows
+            metrics["accuracy"] = 100 * batch["right"].float().mean()
         if self.kl_coefficient:
             metrics["kl"] = total[1]
         if norm is not None:

@@ -87,6 +87,7 @@ def test_reference_answers_have_rewards_of_one(folder):
     (batch,) = list(data.train_dataloader())[:1]
     assert not policy.asked
     assert (batch["reward"] == 1).all()
+    assert "right" not in batch.keys()  # noqa: SIM118
     prompts = data.prompts.decode(batch["prompt"][0], batch["prompt_mask"][0])
     completions = data.prompts.decode(batch["completion"][0], batch["completion_mask"][0])
     assert completions == [f" {total(text)}." for text in prompts]
