@@ -60,9 +60,11 @@ class Checkpoint(L.Callback):
 
     def _save(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         module.training_metrics()  # raises if they are not finite
-        norms = torch.stack(torch._foreach_norm(list(module.parameters())))
+        saved = module.state_dict()  # without what never changes, such as a pretrained model
+        weights = {name: parameter for name, parameter in module.named_parameters() if name in saved}
+        norms = torch.stack(torch._foreach_norm(list(weights.values()))) if weights else torch.zeros(1)
         if not norms.isfinite().all():
-            name = [name for name, _ in module.named_parameters()][int(norms.isfinite().int().argmin())]
+            name = list(weights)[int(norms.isfinite().int().argmin())]
             raise ValueError(
                 f"{name} is not finite after {module.updates} updates: expected finite weights; the last checkpoint "
                 "was taken before and is intact."

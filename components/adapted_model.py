@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
 from components.adapters import Adapter, SingularValueAdapter
 from components.experts import Expert
@@ -27,6 +29,7 @@ class AdaptedModel(nn.Module):
         self.model = folder.model(dtype).requires_grad_(False)
         self.base_checksum = folder.checksum
         self.adapter = None if adapter is None else adapter(self.model)
+        self.sharded = False
         self._trained = {name for name, each in self.named_parameters() if each.requires_grad}
         self._register_state_dict_hook(_drop_frozen)
         self.register_load_state_dict_post_hook(_forgive_frozen)
@@ -36,9 +39,26 @@ class AdaptedModel(nn.Module):
         if self.adapter is not None:
             self.adapter.refresh()
 
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Split the frozen weights over a mesh's processes, once, block by block; what is trained stays whole in each.
+
+        Raises:
+            ValueError: the adapter needs whole weights.
+        """
+        if self.adapter is not None and self.adapter.unshardable is not None:
+            raise ValueError(f"{self.adapter.unshardable} where weights are split over processes.")
+        if self.sharded:
+            return
+        trained = set() if self.adapter is None else set(self.adapter.parameters.values())
+        for block in self.model.get_decoder().layers:
+            fully_shard(block, mesh=mesh, ignored_params=trained)
+        fully_shard(self.model, mesh=mesh, ignored_params=trained)
+        self.sharded = True
+
     def complete(self, prompt: Tensor, mask: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
         """Completions by the model as it is now, see `components.language_models.complete`."""
-        return complete(self.model, prompt.to(self.model.device), mask.to(self.model.device), **settings)
+        device = self.model.device
+        return complete(self.model, prompt.to(device), mask.to(device), in_step=self.sharded, **settings)
 
     # -- experts ------------------------------------------------------------------------------------------------------
 

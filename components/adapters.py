@@ -62,10 +62,12 @@ class Adapter(ABC):
     Attributes:
         model: the adapted one.
         parameters: trained ones by name.
+        unshardable: why the frozen weights can't be split over processes; None if they can.
     """
 
     model: nn.Module
     parameters: dict[str, nn.Parameter]
+    unshardable: str | None = None
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -116,6 +118,7 @@ class SingularValueAdapter(Adapter):
         super().__init__(model)
         self.layers = select_linears(model, modules, layers)
         self.factorised = factorised
+        self.unshardable = None if factorised else "adapter.factorised=false: expected true"
         self.scalings: dict[str, SingularValueScaling] = {}
         for name, layer in self.layers.items():
             scaling = SingularValueScaling(layer.weight, decompose(layer.weight, cache), **settings)
@@ -162,21 +165,20 @@ class SingularValueAdapter(Adapter):
 
     @contextmanager
     def base(self) -> Iterator[None]:
-        before = {name: scaling.held for name, scaling in self.scalings.items()}
         for scaling in self.scalings.values():
-            scaling.held = scaling.weight
+            scaling.is_base = True
         try:
             yield
         finally:
-            for name, held in before.items():
-                self.scalings[name].held = held
+            for scaling in self.scalings.values():
+                scaling.is_base = False
 
     def unload(self) -> nn.Module:
         """The model as it was before; the adapter is of no more use."""
         for name, layer in self.layers.items():
             if self.factorised:
                 layer.__class__ = type(layer).__base__
-            self.scalings[name].held = self.scalings[name].weight
+            self.scalings[name].is_base = True
             parametrize.remove_parametrizations(layer, "weight")
         return self.model
 
@@ -243,6 +245,8 @@ class FullAdapter(Adapter):
         model: a transformer.
         modules, layers: see `select_linears`.
     """
+
+    unshardable = "adapter=full: expected an adapter beside frozen weights"
 
     def __init__(self, model: nn.Module, *, modules: str | Sequence[str] = "mlp", layers: str = "all") -> None:
         super().__init__(model)

@@ -166,6 +166,7 @@ def complete(
     most_tokens: int,
     end: int,
     temperature: float = 0.0,
+    in_step: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Completions of prompts, with a cache of keys and values.
 
@@ -176,6 +177,7 @@ def complete(
         most_tokens: of a completion.
         end: id of the token that ends one.
         temperature: of sampling, from the global random state; 0 for the likeliest tokens.
+        in_step: go on until all processes have ended, as they must where they share the model's weights.
 
     Returns:
         Token ids [B, T], and a mask [B, T] that is true up to the first `end`, that included.
@@ -187,6 +189,7 @@ def complete(
         max_new_tokens=most_tokens,
         eos_token_id=end,
         pad_token_id=end,
+        synced_gpus=in_step,
         **({"do_sample": False} | sampling),
     )[:, prompt.shape[1] :]
     ended = (tokens == end).cumsum(1)

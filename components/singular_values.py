@@ -65,7 +65,8 @@ class SingularValueScaling(nn.Module):
 
     Register it with `parametrize.register_parametrization(linear, "weight", scaling)`: the linear layer's parameter is
     then p, `linear.parametrizations.weight.original0`. This is an ordinary function of p, unless `held` is set to a
-    weight, which it is then: many passes take one composition, and `pull_back` takes the gradient of it to p.
+    weight, which it is then: many passes take one composition, and `pull_back` takes the gradient of it to p. With
+    `is_base` it is W. All but p are frozen parameters, so that whatever shards a model shards them with it.
 
     Args:
         weight: W [o, i]; kept as it is, for `base`.
@@ -102,8 +103,9 @@ class SingularValueScaling(nn.Module):
         self.initial_mean = (0.1 if sigmoid else 1.0) if initial_mean is None else initial_mean
         self.initial_std = (0.01 if sigmoid else 0.0) if initial_std is None else initial_std
         for name, tensor in (("weight", weight.detach().clone()), *zip(svd._fields, svd)):
-            self.register_buffer(name, tensor, persistent=False)
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         self.held: Tensor | None = None  # the weight to be instead of a function of p
+        self.is_base = False
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor]:
         """Where p begins, [r]; not what gives `weight`. A tuple, for p may have another precision than the weight."""
@@ -126,6 +128,8 @@ class SingularValueScaling(nn.Module):
         return ((self.u * self.singular_values(z)) @ self.vh).to(self.weight.dtype)
 
     def forward(self, p: Tensor) -> Tensor:
+        if self.is_base:
+            return self.weight
         return self.compose(self.scales(p)) if self.held is None else self.held
 
     def apply_to(self, x: Tensor, p: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -165,6 +169,5 @@ def factorise(layer: nn.Linear) -> None:
 
 def _factorised_forward(self: nn.Linear, x: Tensor) -> Tensor:
     scaling, p = self.parametrizations.weight[0], self.parametrizations.weight.original0
-    return (
-        scaling.apply_to(x, p, self.bias) if scaling.held is None else nn.functional.linear(x, scaling.held, self.bias)
-    )
+    whole = scaling.is_base or scaling.held is not None
+    return nn.functional.linear(x, scaling(p), self.bias) if whole else scaling.apply_to(x, p, self.bias)

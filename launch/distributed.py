@@ -6,6 +6,9 @@ import time
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 LAUNCHER = "TENFOLD_LAUNCHER"
 
@@ -26,6 +29,22 @@ class ExplicitDDP(DDPStrategy):
             os.environ[LAUNCHER] = str(os.getpid())  # for the processes that this one starts
         elif LAUNCHER in os.environ:
             threading.Thread(target=_end_with, args=(int(os.environ[LAUNCHER]),), daemon=True).start()
+
+
+class ExplicitFSDP(ExplicitDDP):
+    """As `ExplicitDDP`, with the frozen weights of a large model split over all processes.
+
+    What is trained is small, whole in each process, and averaged by the method.
+    """
+
+    def model_to_device(self) -> None:
+        module = self.lightning_module
+        assert module is not None
+        module.shard(init_device_mesh(self.root_device.type, (self.world_size,)))
+        super().model_to_device()
+        # Nobody has these whole, to give them to the others.
+        split = [name for name, parameter in module.named_parameters() if isinstance(parameter, DTensor)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, split)
 
 
 def _end_with(launcher: int) -> None:

@@ -112,6 +112,14 @@ class LearningMethod(L.LightningModule, ABC):
         self._learning_rates.append([group["lr"] for group in optimizer.param_groups])
         return optimizer
 
+    def shard(self, mesh: Any) -> None:
+        """Split frozen weights over the processes of a device mesh, where a method has such.
+
+        Raises:
+            ValueError: it has none.
+        """
+        raise ValueError(f"trainer=fsdp: expected a method with frozen weights, found {type(self).__name__}; use ddp.")
+
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         return self._optimizers
 

@@ -106,6 +106,9 @@ class ExpertTraining(LearningMethod):
         for index, parameter in enumerate(parameters):
             self.register_buffer(f"best_{index}", parameter.detach().clone())
 
+    def shard(self, mesh: Any) -> None:
+        self.language.shard(mesh)
+
     # -- the policy ---------------------------------------------------------------------------------------------------
 
     def complete(self, prompt: Tensor, mask: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ import train  # noqa: F401 - registers the resolvers that configurations use
 from callbacks.expert import ExpertExport
 from components.actor_objectives import AdvantageWeighted, DeterministicPolicyGradient
 from datamodules.images import LabelledImages
+from launch.distributed import ExplicitFSDP
 from launch.recipes import check_targets
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -575,3 +576,20 @@ def test_a_missing_model_is_one_sentence(tmp_path):
     config = composed("experiment=paper/svf_gsm8k", f"language_model.path={tmp_path}")
     with pytest.raises(Exception, match=r"config\.json: expected the folder of a language model, found no such file"):
         instantiate(config.datamodule)
+
+
+def test_a_large_model_is_composed_and_built_on_the_meta_device():
+    overrides = ("language_model.path=somewhere", "trainer=fsdp", "adapter.factorised=true", "adapter.cache=null")
+    config = composed("experiment=paper/svf_gsm8k", *overrides, "trainer.accelerator=cpu", "trainer.devices=2")
+    trainer = instantiate(config.trainer)
+    assert isinstance(trainer.strategy, ExplicitFSDP)
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=128256))
+    folder = SimpleNamespace(model=lambda dtype: model.to(getattr(torch, dtype)), checksum="of a model")
+    config.module.language_model = None
+    module = instantiate(config.module, end=2, language_model=folder)
+    assert module.language.adapter.count() == 393_216
+    assert {p.dtype for p in module.language.adapter.parameters.values()} == {torch.float32}
+    assert model.dtype == torch.bfloat16

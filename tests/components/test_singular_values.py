@@ -15,7 +15,7 @@ def made(shape=(6, 4), dtype=torch.float64, **settings) -> tuple[SingularValueSc
     scaling = SingularValueScaling(weight, decompose(weight), **settings).to(dtype)
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     for name, part in (("u", u), ("s", s), ("vh", vh)):
-        setattr(scaling, name, part)
+        setattr(scaling, name, nn.Parameter(part, requires_grad=False))
     return scaling, torch.randn(min(shape), dtype=dtype)
 
 

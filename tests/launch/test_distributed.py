@@ -14,6 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tensordict import TensorDict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from callbacks.run_log import read_rows
 from components.actor_objectives import AdvantageWeighted, DeterministicPolicyGradient
@@ -139,6 +141,7 @@ def gradients() -> dict[str, list[torch.Tensor]]:
     rewards = torch.randn(ROWS, generator=generator)[share]
     for baseline in ("none", "leave_one_out"):
         found[f"expert, {baseline}"] = expert_gradients(tokens, rewards, baseline)
+    found["expert, sharded"] = expert_gradients(tokens, rewards, "none", sharded=True)
     found["code model"] = code_model_gradients(torch.randint(6, (ROWS, 4), generator=generator)[share])
     return found
 
@@ -183,8 +186,13 @@ def classifier_gradients(pairs: torch.Tensor, labels: torch.Tensor, positives: s
     return minimised(module, loss + module.contrastive_loss(pairs, labels), module.optimizer)
 
 
-def expert_gradients(tokens: torch.Tensor, rewards: torch.Tensor, baseline: str) -> list[torch.Tensor]:
-    """Of a language model's rewarded completions, and their divergence from the base model."""
+def expert_gradients(
+    tokens: torch.Tensor, rewards: torch.Tensor, baseline: str, sharded: bool = False
+) -> list[torch.Tensor]:
+    """Of a language model's rewarded completions, and their divergence from the base model.
+
+    Where there are two processes, each may have half of the frozen weights.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(3)
@@ -193,7 +201,7 @@ def expert_gradients(tokens: torch.Tensor, rewards: torch.Tensor, baseline: str)
     module = ExpertTraining(
         end=2,
         language_model=SimpleNamespace(model=lambda dtype: model, checksum="of a model"),
-        adapter=partial(SingularValueAdapter, modules="both"),
+        adapter=partial(SingularValueAdapter, modules="both", factorised=sharded),
         optimizer=partial(torch.optim.SGD, lr=0.0),
         max_norm=None,
         baseline=baseline,
@@ -202,6 +210,9 @@ def expert_gradients(tokens: torch.Tensor, rewards: torch.Tensor, baseline: str)
         micro_batch=7,
         updates=1,
     )
+    if sharded and world_size() > 1:
+        module.shard(init_device_mesh("cpu", (world_size(),)))
+        assert isinstance(model.model.layers[0].mlp.up_proj.parametrizations.weight[0].u, DTensor)
     ones = torch.ones(len(tokens), 4, dtype=torch.bool)
     batch = {"prompt": tokens[:, :4], "prompt_mask": ones, "completion": tokens[:, 4:], "completion_mask": ones}
     module.update(TensorDict({**batch, "right": rewards > 0, "reward": rewards}, [len(tokens)]))
@@ -281,6 +292,7 @@ CASES = [
     "code model",
     "expert, none",
     "expert, leave_one_out",
+    "expert, sharded",
     *(f"actor-critic {part}, {m}" for part in ("critic", "pessimism", "actor", "temperature") for m in (1, 5)),
 ]
 

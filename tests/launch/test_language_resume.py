@@ -93,6 +93,21 @@ def test_two_processes_learn_and_resume(spawn, small, wait_for_updates, tmp_path
     assert "| | base | svf | shuffled |" in (folder / "report.md").read_text()
 
 
+def test_two_processes_share_the_models_weights(spawn, small, tmp_path):
+    sharded = ("trainer=fsdp", *DDP[1:], "adapter.factorised=true", "~arms.shuffled", "updates=20")
+    process = spawn(*small, *sharded, f"output_root={tmp_path}")
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    folder = Path(out.strip().splitlines()[-1])
+    rows = read_rows(folder / "svf" / "seed_0" / "train.csv")[1]
+    assert [int(row["updates"]) for row in rows] == list(range(1, 21))
+    assert (folder / "svf" / "seed_0" / "expert.safetensors").exists()
+    refused = spawn(*small, *sharded, "adapter.factorised=false", f"output_root={tmp_path}")
+    out, err = refused.communicate(timeout=200)
+    assert refused.returncode == 1
+    assert "adapter.factorised=false: expected true where weights are split over processes" in err
+
+
 def test_a_checkpoint_of_another_model_is_refused(program, small, uninterrupted, tmp_path, language_folder):
     import shutil
 
@@ -130,7 +145,7 @@ def adaptation(language_folder, tmp_path_factory) -> tuple[str, ...]:
         f"language_model.path={language_folder}",
         f"data_root={tmp_path_factory.mktemp('data')}",
         "updates=5",
-        "arms.cem=[module.strategy=search, module.updates=30, module.search.population=10]",
+        'arms.cem=["module.strategy=search", "module.updates=30", "module.search.population=10"]',
         "checkpoint_every=5",
         "protocol.batch_size=4",
         "protocol.validation_questions=4",
