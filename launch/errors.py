@@ -19,6 +19,7 @@ from hydra.errors import (
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
 from launch.experiments import experiment_names, known_keys
+from launch.values import missing_package
 
 TRACEBACK = "TENFOLD_TRACEBACK"
 RESOLVING = re.compile(r"\w+ raised while resolving interpolation: ")
@@ -132,6 +133,8 @@ def _report(error: BaseException) -> tuple[int, str] | None:
         return 2, f"{_one_line(error)}."
     if isinstance(error, CommandLineError):
         return 2, f"{_one_line(error)}."
+    if isinstance(error, ModuleNotFoundError):
+        return 1, f"{_one_line(error)}: {missing_package(error)}."
     if isinstance(error, ValueError | FileNotFoundError):
         return 1, f"{_one_line(error)}."
     return None

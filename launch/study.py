@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from logging import ERROR, WARNING, getLogger
+from logging import CRITICAL, ERROR, WARNING, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +195,7 @@ def quieten() -> None:
     """Silence messages that a user can do nothing about."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         getLogger(name).setLevel(WARNING)
+    getLogger("hydra.utils").setLevel(CRITICAL)  # it says at length what an error says in one sentence
     getLogger("torch.utils.cpp_extension").setLevel(ERROR)  # compiling for the CPU, it misses CUDA
     os.environ.setdefault("TENSORDICT_QUIET", "1")
     warnings.filterwarnings("ignore", module="lightning.*")

@@ -39,12 +39,14 @@ def _target(name: str, key: str) -> Any:
         return get_object(name)
     except Exception as error:  # Hydra raises what importing raises
         if isinstance(error.__cause__, ModuleNotFoundError):
-            package = error.__cause__.name.split(".")[0]
-            raise ValueError(
-                f"{key}._target_={name}: expected the package {package} (make install, or pip install one of this "
-                "project's extras), found none."
-            ) from error
+            raise ValueError(f"{key}._target_={name}: {missing_package(error.__cause__)}.") from error
         raise ValueError(f"{key}._target_={name}: expected something to import: {error}") from error
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    """What to install, as the end of a sentence."""
+    package = (error.name or str(error)).split(".")[0]
+    return f"expected the package {package} (make install, or pip install one of this project's extras), found none"
 
 
 def _parameters(called: Callable[..., Any]) -> Iterator[tuple[str, Any]]:

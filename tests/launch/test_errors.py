@@ -192,13 +192,29 @@ def test_traceback_is_shown_when_asked_for(program, one_arm, tmp_path, monkeypat
         program(*one_arm, f"output_root={tmp_path}", "module.updates=122")
 
 
-def test_experiments_that_need_more_packages_name_them(tmp_path, language_folder):
+@pytest.mark.parametrize(
+    ("package", "overrides", "expected"),
+    [
+        (
+            "peft",
+            ["experiment=svf_larger", "arms=null", "adapter=lora"],
+            "the package peft (make install, or pip install one of this project's extras)",
+        ),
+        (
+            "constriction",
+            ["experiment=drr_digits"],
+            "the package constriction (make install, or pip install one of this project's extras)",
+        ),
+    ],
+)
+def test_experiments_that_need_more_packages_name_them(package, overrides, expected, tmp_path, language_folder):
     program = (
-        "import sys; sys.modules['safetensors'] = None; sys.argv[0] = 'train.py'\n"
+        f"import sys; sys.modules[{package!r}] = None; sys.argv[0] = 'train.py'\n"
         "import train\n"
         "sys.exit(train.run_reporting_errors(train.main))\n"
     )
-    overrides = ["experiment=svf_larger", "language_model=folder", f"language_model.path={language_folder}"]
+    if package != "constriction":
+        overrides = [*overrides, "language_model=folder", f"language_model.path={language_folder}"]
     finished = subprocess.run(
         [sys.executable, "-c", program, *overrides, f"output_root={tmp_path}"],
         cwd=ROOT,
@@ -207,6 +223,6 @@ def test_experiments_that_need_more_packages_name_them(tmp_path, language_folder
         text=True,
     )
     assert finished.returncode == 1, finished.stderr
-    expected = "expected the package safetensors (make install, or pip install one of this project's extras), found"
-    assert expected in finished.stderr
+    assert f"expected {expected}, found none" in finished.stderr
     assert finished.stderr.count("\n") == 1, finished.stderr
+    assert "Error" not in finished.stdout
