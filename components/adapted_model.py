@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 
 from components.adapters import Adapter, SingularValueAdapter
 from components.experts import Expert
-from components.language_models import PretrainedFolder, complete
+from components.language_models import Completions, PretrainedFolder, complete, complete_surely
 
 
 class AdaptedModel(nn.Module):
@@ -57,8 +57,21 @@ class AdaptedModel(nn.Module):
 
     def complete(self, prompt: Tensor, mask: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
         """Completions by the model as it is now, see `components.language_models.complete`."""
-        device = self.model.device
-        return complete(self.model, prompt.to(device), mask.to(device), in_step=self.sharded, **settings)
+        return complete(self.model, *self._here(prompt, mask), in_step=self.sharded, **settings)
+
+    def complete_surely(self, prompt: Tensor, mask: Tensor, **settings: Any) -> Completions:
+        """The likeliest completions, see `components.language_models.complete_surely`."""
+        return complete_surely(self.model, *self._here(prompt, mask), in_step=self.sharded, **settings)
+
+    def _here(self, *tensors: Tensor) -> list[Tensor]:
+        return [tensor.to(self.model.device) for tensor in tensors]
+
+    def check_base(self, checksum: str) -> None:
+        """Raise a ValueError if what is to be loaded was trained in another frozen model."""
+        if checksum != self.base_checksum:
+            raise ValueError(
+                f"The checkpoint adapts the model {checksum}, expected {self.base_checksum}, that of language_model."
+            )
 
     # -- experts ------------------------------------------------------------------------------------------------------
 
@@ -71,11 +84,13 @@ class AdaptedModel(nn.Module):
 
     def expert(self, task: str) -> Expert:
         """What is trained, as an expert vector."""
-        adapter = self.singular_values
-        scaling = next(iter(adapter.scalings.values()))
-        scales = {name: z.detach().float().cpu() for name, z in adapter.scales().items()}
-        largest = scaling.max_scale if scaling.parametrization == "sigmoid" else None
-        return Expert(scales, self.base_checksum, task, largest, scaling.rescale)
+        scales = {name: z.detach().float().cpu() for name, z in self.singular_values.scales().items()}
+        return Expert(scales, self.base_checksum, task, *self._way())
+
+    def _way(self) -> tuple[float | None, str]:
+        """The largest z that a sigmoid gives, None without, and what is rescaled."""
+        scaling = next(iter(self.singular_values.scalings.values()))
+        return scaling.max_scale if scaling.parametrization == "sigmoid" else None, scaling.rescale
 
     @torch.no_grad()
     def load_expert(self, expert: Expert) -> None:
@@ -92,7 +107,12 @@ class AdaptedModel(nn.Module):
             adapter.parameters[name].copy_((z / scaling.max_scale).logit() if sigmoid else z)
 
     def check_expert(self, expert: Expert) -> None:
-        """Raise a ValueError if an expert adapts other matrices than this model has adapted."""
+        """Raise a ValueError if an expert adapts other matrices than this model has adapted, or in another way."""
+        if (expert.largest, expert.rescale) != self._way():
+            raise ValueError(
+                f"The expert of {expert.task} was trained with {_named(expert.largest, expert.rescale)}, expected "
+                f"{_named(*self._way())}."
+            )
         found = {name: list(z.shape) for name, z in expert.scales.items()}
         expected = {name: list(p.shape) for name, p in self.singular_values.parameters.items()}
         if found != expected:
@@ -100,6 +120,11 @@ class AdaptedModel(nn.Module):
                 f"The expert of {expert.task} adapts {len(found)} matrices, expected the {len(expected)} that "
                 "adapter.modules and adapter.layers choose."
             )
+
+
+def _named(largest: float | None, rescale: str) -> str:
+    parametrization = "direct" if largest is None else f"sigmoid up to {largest:g}"
+    return f"adapter.rescale={rescale} and parametrization={parametrization}"
 
 
 def _drop_frozen(module: AdaptedModel, state: dict[str, Any], prefix: str, _: Any) -> None:

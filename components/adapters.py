@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from tqdm import tqdm
 
 from components.checks import check_counts
-from components.singular_values import SingularValueScaling, decompose, factorise
+from components.singular_values import SVD, SingularValueScaling, decompose, factorise
 
 MODULES = {
     "mlp": ("gate_proj", "up_proj", "down_proj"),
@@ -101,7 +102,7 @@ class SingularValueAdapter(Adapter):
         modules, layers: see `select_linears`.
         cache: folder for decompositions; None for none.
         factorised: apply factors one after the other instead of composing weights: for few tokens less work, and no
-            memory for gradients of weights.
+            memory for gradients of weights. They are kept in the weights' precision, in which they are applied.
         settings: of `SingularValueScaling`.
     """
 
@@ -120,8 +121,12 @@ class SingularValueAdapter(Adapter):
         self.factorised = factorised
         self.unshardable = None if factorised else "adapter.factorised=false: expected true"
         self.scalings: dict[str, SingularValueScaling] = {}
-        for name, layer in self.layers.items():
-            scaling = SingularValueScaling(layer.weight, decompose(layer.weight, cache), **settings)
+        bar = tqdm(self.layers.items(), "Decomposing weights once", leave=False, delay=2, disable=None)
+        for name, layer in bar:
+            svd = decompose(layer.weight, cache)
+            if factorised:
+                svd = SVD(svd.u.to(layer.weight.dtype), svd.s, svd.vh.to(layer.weight.dtype))
+            scaling = SingularValueScaling(layer.weight, svd, **settings)
             parametrize.register_parametrization(layer, "weight", scaling)
             if factorised:
                 factorise(layer)
@@ -139,7 +144,8 @@ class SingularValueAdapter(Adapter):
     def refresh(self) -> None:
         state = [(p.data_ptr(), p._version) for p in self.parameters.values()]
         if self.factorised:
-            self._hold(dict.fromkeys(self.scalings))
+            for scaling in self.scalings.values():
+                scaling.fixed = None
         elif self._composed_of != state:
             self.use(self.scales())
             self._composed_of = state
@@ -147,12 +153,14 @@ class SingularValueAdapter(Adapter):
     @torch.no_grad()
     def use(self, scales: Mapping[str, Tensor]) -> None:
         """Let the model be that of these z [r], of which the parameters know nothing, until `refresh`."""
-        self._hold({name: scaling.compose(scales[name].to(scaling.s)) for name, scaling in self.scalings.items()})
-
-    def _hold(self, weights: Mapping[str, Tensor | None]) -> None:
         self._composed_of = None
-        for name, weight in weights.items():
-            self.scalings[name].held = weight if weight is None else weight.requires_grad_()
+        for name, scaling in self.scalings.items():
+            z = scales[name].to(self.parameters[name])
+            if self.factorised:
+                scaling.fixed = z
+            else:
+                scaling.held = None  # one after the other: there need not be room for all weights twice
+                scaling.held = scaling.compose(z).requires_grad_()
 
     def leaves(self) -> list[Tensor]:
         return super().leaves() if self.factorised else [scaling.held for scaling in self.scalings.values()]
@@ -220,6 +228,8 @@ class LowRankAdapter(Adapter):
         inject_adapter_in_model(config, model)
         model.eval()
         self.parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
+        for parameter in self.parameters.values():
+            parameter.data = parameter.data.float()  # in half precision most steps of training would vanish
 
     @contextmanager
     def base(self) -> Iterator[None]:
@@ -239,7 +249,7 @@ class LowRankAdapter(Adapter):
 
 
 class FullAdapter(Adapter):
-    """Trains whole weights of linear layers.
+    """Trains whole weights of linear layers, in single precision whatever the model's is.
 
     Args:
         model: a transformer.
@@ -250,17 +260,35 @@ class FullAdapter(Adapter):
 
     def __init__(self, model: nn.Module, *, modules: str | Sequence[str] = "mlp", layers: str = "all") -> None:
         super().__init__(model)
-        self._linears = select_linears(model, modules, layers)
-        self._before = {name: layer.weight.detach().clone() for name, layer in self._linears.items()}
-        self.parameters = {f"{name}.weight": layer.weight.requires_grad_() for name, layer in self._linears.items()}
+        self.parameters = {}
+        self._weights = []
+        for name, layer in select_linears(model, modules, layers).items():
+            weight = TrainedWeight(layer.weight)
+            parametrize.register_parametrization(layer, "weight", weight)
+            self.parameters[name] = layer.parametrizations.weight.original0.requires_grad_()
+            self._weights.append(weight)
 
     @contextmanager
     def base(self) -> Iterator[None]:
-        trained = {name: layer.weight.data for name, layer in self._linears.items()}
-        for name, layer in self._linears.items():
-            layer.weight.data = self._before[name].to(layer.weight.device)
+        for weight in self._weights:
+            weight.is_base = True
         try:
             yield
         finally:
-            for name, layer in self._linears.items():
-                layer.weight.data = trained[name]
+            for weight in self._weights:
+                weight.is_base = False
+
+
+class TrainedWeight(nn.Module):
+    """A parametrisation of a weight [o, i] by itself in single precision; with `is_base`, what it was before."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.before = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        self.is_base = False
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor]:
+        return (weight.float(),)  # a tuple, for only then may it have another precision than the weight
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.before if self.is_base else weight.to(self.before.dtype)

@@ -25,7 +25,7 @@ class CrossEntropyMethod(nn.Module):
         low, high: bounds.
         start: where mean and best begin, in each dimension.
         memory: of mean and std, 0 for none.
-        fresh: draw every population uniformly from the box, with no memory at all: random shooting.
+        fresh: draw all points but the best of the last population uniformly from the box: random shooting.
     """
 
     def __init__(
@@ -73,9 +73,13 @@ class CrossEntropyMethod(nn.Module):
         """What the points were found to be worth, [P]; among equals of the best, `tiebreak` [P] decides."""
         scores = scores.to(self.points)
         order = scores.argsort(descending=True, stable=True)
-        ties = (scores == scores.max()).nonzero()[:, 0]
-        first = ties[0] if tiebreak is None else ties[tiebreak.to(self.points)[ties].argmax()]
         elites = self.points[order[: self.elites]]
-        self.best.copy_(self.points[first])
+        self.best.copy_(self.points[first_of(scores, torch.zeros_like(scores) if tiebreak is None else tiebreak)])
         self.mean.lerp_(elites.mean(0), 1 - self.memory)
         self.std.lerp_(elites.std(0), 1 - self.memory)
+
+
+def first_of(scores: Tensor, tiebreak: Tensor) -> Tensor:
+    """Place of the highest of the scores [P], among equals of the highest tiebreak [P]; the first of all such."""
+    tied = scores == scores.max()
+    return torch.where(tied, tiebreak.to(scores), -torch.inf).argmax()

@@ -86,6 +86,8 @@ class Expert:
 def mixed(experts: Sequence[Expert], weights: Tensor, space: str = "z") -> dict[str, Tensor]:
     """Scales of a mixture of experts of one model, in which each has a weight, or one for each matrix.
 
+    A matrix in which no expert has any is the base model's.
+
     Args:
         experts: K.
         weights: [K], or [K, A] in the order of the experts' matrices.
@@ -102,6 +104,8 @@ def mixed(experts: Sequence[Expert], weights: Tensor, space: str = "z") -> dict[
     weights = weights.cpu()
     columns = weights[:, None].expand(-1, len(names)) if weights.dim() == 1 else weights
     return {
-        name: sum(weight * vector[name] for weight, vector in zip(columns[:, place], vectors))
-        for place, name in enumerate(names)
+        name: sum(weight * vector[name] for weight, vector in zip(column, vectors))
+        if column.any()
+        else torch.ones_like(vectors[0][name])
+        for name, column in zip(names, columns.T)
     }

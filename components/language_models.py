@@ -7,17 +7,20 @@ import contextlib
 import hashlib
 import importlib.metadata
 import io
+import json
 import os
 import shutil
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class PretrainedFolder:
@@ -50,36 +53,67 @@ class PretrainedFolder:
         return digest.hexdigest()[:16]
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """It pads on the left, where completions begin right after their prompts."""
+        """It pads on the left, where completions begin right after their prompts.
+
+        Raises:
+            ValueError: it can't be loaded, or knows no token that ends a text.
+        """
         transformers = _transformers()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            self.path, local_files_only=True, trust_remote_code=False, padding_side="left"
-        )
+        with self._loading():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                self.path, local_files_only=True, trust_remote_code=False, padding_side="left"
+            )
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"{self.path}: expected a tokenizer with a token that ends a text (eos_token), found none."
+            )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
+    def ends(self) -> list[int]:
+        """Ids of all tokens at which the model's texts end, the tokenizer's own first."""
+        ids = [self.tokenizer().eos_token_id]
+        for name in ("generation_config.json", "config.json"):
+            if (self.path / name).exists():
+                with self._loading():
+                    named = json.loads((self.path / name).read_text()).get("eos_token_id")
+                ids += named if isinstance(named, list) else [named]
+        return list(dict.fromkeys(id for id in ids if id is not None))
+
     def model(self, dtype: str = "float32") -> "PreTrainedModel":
-        """The model in evaluation mode.
+        """The model in evaluation mode. How the folder would have texts made, by penalties and the like, is left out.
 
         Args:
             dtype: of its weights, ``float32``, ``bfloat16``, or ``auto``: bfloat16 where the machine computes with it.
+
+        Raises:
+            ValueError: it can't be loaded.
         """
         if dtype not in ("float32", "bfloat16", "auto"):
             raise ValueError(f"dtype={dtype}: expected float32, bfloat16 or auto.")
         if dtype == "auto":
             dtype = "bfloat16" if _computes_bfloat16() else "float32"
-        return (
-            _transformers()
-            .AutoModelForCausalLM.from_pretrained(
+        transformers = _transformers()
+        with self._loading():
+            model = transformers.AutoModelForCausalLM.from_pretrained(
                 self.path,
                 dtype=getattr(torch, dtype),
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
             )
-            .eval()
-        )
+        model.generation_config = transformers.GenerationConfig()
+        return model.eval()
+
+    @contextlib.contextmanager
+    def _loading(self) -> Iterator[None]:
+        """Let what is wrong with the folder be one sentence."""
+        try:
+            yield
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            cause = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ValueError(f"{self.path}: expected a language model that transformers can load ({cause}).") from error
 
 
 def smollm2(path: str | Path) -> PretrainedFolder:
@@ -164,9 +198,10 @@ def complete(
     prompt_mask: Tensor,
     *,
     most_tokens: int,
-    end: int,
+    ends: Sequence[int],
     temperature: float = 0.0,
     in_step: bool = False,
+    processors: Sequence["LogitsProcessor"] = (),
 ) -> tuple[Tensor, Tensor]:
     """Completions of prompts, with a cache of keys and values.
 
@@ -175,31 +210,65 @@ def complete(
         prompt: token ids [B, L], padded on the left.
         prompt_mask: [B, L], 0 where padded.
         most_tokens: of a completion.
-        end: id of the token that ends one.
+        ends: ids of the tokens that end one.
         temperature: of sampling, from the global random state; 0 for the likeliest tokens.
         in_step: go on until all processes have ended, as they must where they share the model's weights.
+        processors: see or change logits before tokens are chosen.
 
     Returns:
-        Token ids [B, T], and a mask [B, T] that is true up to the first `end`, that included.
+        Token ids [B, T], and a mask [B, T] that is true up to the first of `ends`, that included.
     """
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     tokens = model.generate(
         input_ids=prompt,
         attention_mask=prompt_mask,
         max_new_tokens=most_tokens,
-        eos_token_id=end,
-        pad_token_id=end,
+        eos_token_id=list(ends),
+        pad_token_id=ends[0],
         synced_gpus=in_step,
+        logits_processor=list(processors),
         **({"do_sample": False} | sampling),
     )[:, prompt.shape[1] :]
-    ended = (tokens == end).cumsum(1)
-    return tokens, (ended - (tokens == end).long()) == 0
+    ending = is_one_of(tokens, ends)
+    return tokens, (ending.cumsum(1) - ending.long()) == 0
 
 
-def completion_logits(
+def complete_surely(model: "PreTrainedModel", prompt: Tensor, prompt_mask: Tensor, **settings: Any) -> "Completions":
+    """The likeliest completions, see `complete`, and how sure the model is of each."""
+    of_likeliest: list[Tensor] = []
+
+    class Recorder(_transformers().LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            of_likeliest.append(scores.float().log_softmax(-1).amax(-1))
+            return scores
+
+    tokens, mask = complete(model, prompt, prompt_mask, processors=[Recorder()], **settings)
+    log_probs = torch.where(mask, torch.stack(of_likeliest, 1)[:, : mask.shape[1]], 0.0)
+    return Completions(tokens, mask, log_probs.sum(1) / mask.sum(1))
+
+
+class Completions(NamedTuple):
+    """Completions of prompts.
+
+    Attributes:
+        tokens, mask: [B, T].
+        log_prob: the mean of a completion's tokens, [B].
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    log_prob: Tensor
+
+
+def is_one_of(tokens: Tensor, ids: Sequence[int]) -> Tensor:
+    """Which tokens [...] are some of these."""
+    return torch.stack([tokens == id for id in ids]).any(0)
+
+
+def completion_log_probs(
     model: "PreTrainedModel", prompt: Tensor, prompt_mask: Tensor, completion: Tensor, completion_mask: Tensor
 ) -> Tensor:
-    """Logits of the tokens of completions [B, T] of prompts [B, L], in single precision, [B, T, V]."""
+    """Log-probabilities of all tokens where completions [B, T] of prompts [B, L] are, in single precision [B, T, V]."""
     mask = torch.cat([prompt_mask.bool(), completion_mask.bool()], 1)
     places = (mask.cumsum(1) - 1).clamp(min=0)
     # Indices, not a slice: of a slice the output layer would make a product with a copy of its weights for each row.
@@ -211,12 +280,12 @@ def completion_logits(
         use_cache=False,
         logits_to_keep=kept,
     ).logits
-    return logits.float()
+    return logits.float().log_softmax(-1)
 
 
-def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probabilities [B, T] of tokens [B, T] under logits [B, T, V]."""
-    return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+def of_tokens(log_probs: Tensor, tokens: Tensor) -> Tensor:
+    """Those of tokens [B, T] among log-probabilities of all [B, T, V]: [B, T]."""
+    return log_probs.gather(-1, tokens[..., None])[..., 0]
 
 
 def categorical_kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Dimensions: B sequences, T tokens.
 import torch
 from torch import Tensor
 
-from components.distributed import average_, world_size
+from components.distributed import average_, broadcast_, world_size
 
 BASELINES = ("none", "batch_mean", "leave_one_out")
 
@@ -26,18 +26,22 @@ def shaped_rewards(
     """
     if baseline not in BASELINES:
         raise ValueError(f"Unknown baseline={baseline!r}: expected one of {', '.join(BASELINES)}.")
-    moments = torch.stack([reward.mean(), reward.square().mean()])
-    average_([moments])
-    mean, count = moments[0], len(reward) * world_size()
+    count = len(reward) * world_size()
     if baseline == "leave_one_out" and count < 2:
         raise ValueError("baseline=leave_one_out: expected batches of at least two sequences.")
     shaped = reward
-    if baseline == "batch_mean" or normalise:
-        shaped = reward - mean
-    elif baseline == "leave_one_out":
-        shaped = reward - (count * mean - reward) / (count - 1)
+    if baseline != "none" or normalise:
+        # Seen from one of them, for of equal rewards rounding must leave nothing.
+        origin = reward[0].clone()
+        broadcast_(origin)
+        shaped = reward - origin
+        mean = shaped.mean()
+        average_([mean])
+        shaped = shaped - ((count * mean - shaped) / (count - 1) if baseline == "leave_one_out" else mean)
     if normalise:
-        shaped = shaped / (moments[1] - mean.square()).clamp(min=0).sqrt().clamp(min=1e-7)
+        variance = shaped.square().mean()
+        average_([variance])
+        shaped = shaped / variance.sqrt().clamp(min=1e-7)
     return shaped if clip is None else shaped.clamp(-clip, clip)
 
 

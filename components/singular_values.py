@@ -6,12 +6,14 @@ which besides keeps the sum of each matrix' singular values.
 Dimensions: o rows and i columns of a weight, r = min(o, i).
 """
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -44,10 +46,15 @@ def decompose(weight: Tensor, cache: str | Path | None = None) -> SVD:
     """
     path = None if cache is None else Path(cache) / f"{checksum(weight)[:32]}.safetensors"
     if path is not None and path.exists():
-        found = load_file(path, device=str(weight.device))
-        return SVD(found["u"], found["s"], found["vh"])
-    parts = torch.linalg.svd(weight.detach().float(), full_matrices=False)
-    svd = SVD(*(part.contiguous() for part in parts))  # as they are read again: products would round differently
+        with contextlib.suppress(SafetensorError, KeyError):  # one that is damaged is made anew
+            found = load_file(path, device=str(weight.device))
+            return SVD(found["u"], found["s"], found["vh"])
+    # A large model's weights are made on the CPU, where decomposing them takes hours instead of a minute.
+    fastest = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    on = weight.device if weight.is_meta or fastest is None else fastest
+    parts = torch.linalg.svd(weight.detach().to(on, torch.float32), full_matrices=False)
+    # Contiguous, as they are read again: products would round differently.
+    svd = SVD(*(part.to(weight.device).contiguous() for part in parts))
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")  # processes may save at once
@@ -61,12 +68,13 @@ class SingularValueScaling(nn.Module):
 
     z = max_scale * sigmoid(p), or p itself. c keeps the sum of singular values, so that only the profile of z matters
     and any constant z gives W; or it is 1. p, z and the singular values are in single precision whatever the weight's
-    is: in half precision most steps of training would vanish.
+    is: in half precision most steps of training would vanish. U and V may have another.
 
     Register it with `parametrize.register_parametrization(linear, "weight", scaling)`: the linear layer's parameter is
     then p, `linear.parametrizations.weight.original0`. This is an ordinary function of p, unless `held` is set to a
-    weight, which it is then: many passes take one composition, and `pull_back` takes the gradient of it to p. With
-    `is_base` it is W. All but p are frozen parameters, so that whatever shards a model shards them with it.
+    weight, which it is then: many passes take one composition, and `pull_back` takes the gradient of it to p. Likewise
+    `apply_to` takes scales z that `fixed` is set to instead of those of p. With `is_base` it is W. All but p are frozen
+    parameters, so that whatever shards a model shards them with it.
 
     Args:
         weight: W [o, i]; kept as it is, for `base`.
@@ -76,6 +84,9 @@ class SingularValueScaling(nn.Module):
         max_scale: largest z of ``sigmoid``; of no effect with ``nuclear``.
         initial_mean, initial_std: p begins normally distributed; by default so that z begins at about 0.525 with
             ``sigmoid``, which needs ``nuclear``, and at 1 with ``direct``.
+
+    Raises:
+        ValueError: a setting is unknown, or training would begin far from W.
     """
 
     def __init__(
@@ -97,6 +108,11 @@ class SingularValueScaling(nn.Module):
         if max_scale <= 0:
             raise ValueError(f"max_scale={max_scale}: expected more than 0.")
         sigmoid = parametrization == "sigmoid"
+        if sigmoid and rescale == "none" and initial_mean is None:
+            raise ValueError(
+                "rescale=none: expected parametrization=direct, or an initial_mean, for a sigmoid would begin at about "
+                "half of the weight."
+            )
         self.rescale = rescale
         self.parametrization = parametrization
         self.max_scale = max_scale
@@ -105,6 +121,7 @@ class SingularValueScaling(nn.Module):
         for name, tensor in (("weight", weight.detach().clone()), *zip(svd._fields, svd)):
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         self.held: Tensor | None = None  # the weight to be instead of a function of p
+        self.fixed: Tensor | None = None  # z to apply instead of that of p
         self.is_base = False
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor]:
@@ -125,7 +142,8 @@ class SingularValueScaling(nn.Module):
 
     def compose(self, z: Tensor) -> Tensor:
         """The weight [o, i] of scales z [r]."""
-        return ((self.u * self.singular_values(z)) @ self.vh).to(self.weight.dtype)
+        values = self.singular_values(z)
+        return ((self.u * values) @ self.vh.to(values.dtype)).to(self.weight.dtype)
 
     def forward(self, p: Tensor) -> Tensor:
         if self.is_base:
@@ -134,7 +152,7 @@ class SingularValueScaling(nn.Module):
 
     def apply_to(self, x: Tensor, p: Tensor, bias: Tensor | None = None) -> Tensor:
         """What a linear layer with the weight makes of x [..., i], without composing it: [..., o]."""
-        values = self.singular_values(self.scales(p))
+        values = self.singular_values(self.scales(p) if self.fixed is None else self.fixed)
         u, vh = self.u.to(x.dtype), self.vh.to(x.dtype)
         y = ((x @ vh.T) * values.to(x.dtype)) @ u.T
         return y if bias is None else y + bias
@@ -147,7 +165,7 @@ class SingularValueScaling(nn.Module):
         rescaling s_j q_j dz_j / dp_j.
         """
         z = self.scales(p)
-        q = (self.u * (gradient.to(self.s.dtype) @ self.vh.T)).sum(0)
+        q = (self.u * (gradient.to(self.s.dtype) @ self.vh.T.to(self.s.dtype))).sum(0)
         if self.rescale == "nuclear":
             total = (self.s * z).sum()
             factor = torch.where(total == 0, 0.0, self.s.sum() / torch.where(total == 0, 1.0, total))

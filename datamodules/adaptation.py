@@ -3,6 +3,7 @@
 Dimensions: B prompts, L prompt tokens, T completion tokens, P candidates.
 """
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,8 +33,9 @@ class AdaptationDataModule(FixedTasks, L.LightningDataModule):
         shots: questions of each family whose answers may be used.
         in_context: shots that are put before each question as examples.
         test_questions: of each family at most.
-        evaluation_batch: prompts in one pass.
+        generation_batch: prompts that are completed at once.
         split_seed: of the splits; the experts' own.
+        seed: of which questions are shots.
     """
 
     def __init__(
@@ -49,38 +51,56 @@ class AdaptationDataModule(FixedTasks, L.LightningDataModule):
         shots: int,
         in_context: int = 0,
         test_questions: int,
-        evaluation_batch: int = 100,
+        generation_batch: int = 100,
         split_seed: int = 0,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         check_counts(
-            most_tokens=most_tokens, shots=shots, test_questions=test_questions, evaluation_batch=evaluation_batch
+            most_tokens=most_tokens, shots=shots, test_questions=test_questions, generation_batch=generation_batch
         )
         if not 0 <= in_context <= shots:
             raise ValueError(f"in_context={in_context}: expected from 0 to shots={shots}.")
-        self.prompts = Prompts(language_model, template)
+        self.prompts = Prompts(language_model, template, turn_end)
         self.families = list(families.values())
         self.categories = categories
-        self.kinds = {family.name: list(categories.families).index(kinds[family.name]) for family in self.families}
-        self.turn_end = turn_end
+        known = list(categories.families)
+        for family in self.families:
+            if kinds.get(family.name) not in known:
+                raise ValueError(
+                    f"kinds.{family.name}={kinds.get(family.name)}: expected one of the categories {', '.join(known)}."
+                )
+        self.kinds = {family.name: known.index(kinds[family.name]) for family in self.families}
         self.most_tokens = most_tokens
         self.shots = shots
         self.in_context = in_context
         self.test_questions = test_questions
-        self.evaluation_batch = evaluation_batch
+        self.generation_batch = generation_batch
         self.split_seed = split_seed
+        self.seed = seed
+        self._drawn: dict[int, tuple[list[Question], list[Question]]] = {}
 
     @property
     def spec(self) -> dict[str, Any]:
         return {
-            "end": self.prompts.end,
+            "ends": self.prompts.ends,
             "families": len(self.families),
             "categories": list(self.categories.families),
         }
 
-    def shots_of(self, number: int) -> list[Question]:
-        """Questions of a family whose answers may be used."""
-        return self.families[number].splits(self.split_seed)["train"][: self.shots]
+    def drawn(self, number: int) -> tuple[list[Question], list[Question]]:
+        """Questions of a family whose answers may be used, and those that it is tested with."""
+        if number not in self._drawn:
+            family = self.families[number]
+            splits = family.splits(self.split_seed)
+            if self.shots > len(splits["train"]):
+                raise ValueError(
+                    f"shots={self.shots}: expected at most the {len(splits['train'])} training questions of "
+                    f"{family.name}."
+                )
+            shots = random.Random(f"{family.name}/{self.seed}").sample(splits["train"], self.shots)
+            self._drawn[number] = shots, splits["test"][: self.test_questions]
+        return self._drawn[number]
 
     # -- Lightning ----------------------------------------------------------------------------------------------------
 
@@ -92,15 +112,17 @@ class AdaptationDataModule(FixedTasks, L.LightningDataModule):
     def _judged(self, module: Any, update: int) -> TensorDict:
         """Which of a method's candidates answer which shots rightly, [P, B]."""
         number = update // module.rounds
-        family, shots = self.families[number], self.shots_of(number)
+        family, (shots, _) = self.families[number], self.drawn(number)
         prompt, mask = self.prompts.encode([self.prompts.text(shot.text, family.prefix) for shot in shots])
-        right, log_prob = [], []
-        for attempt in module.attempt(number, prompt, mask, self.most_tokens):
+        attempts = module.attempt(number, prompt, mask, self.most_tokens)
+        shape = len(attempts), len(shots)  # where processes are many, one may have no candidate
+        right, log_prob = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape)
+        for row, attempt in enumerate(attempts):
             texts = self.prompts.decode(attempt.tokens, attempt.mask)
-            right.append(torch.tensor([family.right(text, shot.answer) for text, shot in zip(texts, shots)]))
-            log_prob.append(attempt.log_prob.cpu())
-        batch = {"right": torch.stack(right), "log_prob": torch.stack(log_prob)}
-        return TensorDict({name: each.to(module.device) for name, each in batch.items()}, batch_size=[len(right)])
+            right[row] = torch.tensor([family.right(text, shot.answer) for text, shot in zip(texts, shots)])
+            log_prob[row] = attempt.log_prob.cpu()
+        batch = {"right": right, "log_prob": log_prob}
+        return TensorDict({name: each.to(module.device) for name, each in batch.items()}, batch_size=shape[:1])
 
     def val_dataloader(self) -> EvaluationTasks:
         return EvaluationTasks([])
@@ -114,22 +136,19 @@ class AdaptationTask(QuestionsTask):
 
     def __init__(self, data: AdaptationDataModule, number: int) -> None:
         family = data.families[number]
-        questions = family.splits(data.split_seed)["test"][: data.test_questions]
-        super().__init__(family.name, family, questions, data.prompts, data.most_tokens, data.evaluation_batch)
+        shots, questions = data.drawn(number)
+        super().__init__(family.name, family, questions, data.prompts, data.most_tokens, data.generation_batch)
         self.family_number = number
         self.categories = data.categories
         self.kind = data.kinds[family.name]
-        examples = data.shots_of(number)[: data.in_context]
-        turns = [
-            data.prompts.text(each.text, family.prefix) + family.reference(each.answer) + data.turn_end
-            for each in examples
+        self._examples = [
+            (each.text, family.prefix + family.reference(each.answer)) for each in shots[: data.in_context]
         ]
-        self._before = "".join(turns)
 
     def prompts_of(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Prompts [B, L] of some questions, and their mask."""
-        texts = [self.prompts.text(self.questions[row].text, self.family.prefix) for row in rows]
-        return self.prompts.encode([self._before + text for text in texts])
+        asked = [self.questions[row].text for row in rows]
+        return self.prompts.encode([self.prompts.text(text, self.family.prefix, self._examples) for text in asked])
 
     @property
     def kind_batches(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from tensordict import TensorDict
 from torch import Tensor
+from torch.nn.functional import pad
 
 from components.checks import check_counts
 from components.distributed import rank, world_size
@@ -28,25 +29,43 @@ class Prompts:
         language_model: whose tokenizer is used.
         template: of a prompt, with ``{question}`` and ``{prefix}``, how the answer begins; None for the tokenizer's own
             chat template, behind which the prefix is put.
+        turn_end: what follows an answer where examples stand before the question; of no meaning without a template.
+
+    Attributes:
+        ends: ids of the tokens that end a completion.
+        end: the one of them that ends right answers which are trained on: that of the chat template's turns.
     """
 
-    def __init__(self, language_model: PretrainedFolder, template: str | None) -> None:
+    def __init__(self, language_model: PretrainedFolder, template: str | None, turn_end: str = "") -> None:
         if template is not None and not all(field in template for field in ("{question}", "{prefix}")):
             raise ValueError(f"template={template!r}: expected {{question}} and {{prefix}} in it.")
         self.tokenizer = language_model.tokenizer()
         self.template = template
+        self.turn_end = turn_end
+        self.ends = language_model.ends()
+        self.end = self.ends[0]
+        if template is None:
+            if self.tokenizer.chat_template is None:
+                raise ValueError(f"template: expected one, for the tokenizer of {language_model.path} has none.")
+            told = self.encode([self._turns([("?", "!")])])[0][0].tolist()
+            self.end = next((token for token in reversed(told) if token in self.ends), self.end)
 
-    @property
-    def end(self) -> int:
-        """Id of the token that ends a completion."""
-        return self.tokenizer.eos_token_id
+    def text(self, question: str, prefix: str, examples: Sequence[tuple[str, str]] = ()) -> str:
+        """A prompt, with questions and answers before it that are examples."""
+        if self.template is None:
+            return self._turns(examples, question) + prefix
+        before = "".join(self._filled(*example) + self.turn_end for example in examples)
+        return before + self._filled(question, prefix)
 
-    def text(self, question: str, prefix: str) -> str:
-        """A prompt."""
-        if self.template is not None:
-            return self.template.replace("{prefix}", prefix).replace("{question}", question)
-        turns = [{"role": "user", "content": question}]
-        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) + prefix
+    def _filled(self, question: str, prefix: str) -> str:
+        return self.template.replace("{prefix}", prefix).replace("{question}", question)
+
+    def _turns(self, examples: Sequence[tuple[str, str]], question: str | None = None) -> str:
+        """A conversation as the chat template has it."""
+        said = [[{"role": "user", "content": asked}, {"role": "assistant", "content": own}] for asked, own in examples]
+        turns = [turn for pair in said for turn in pair]
+        turns += [] if question is None else [{"role": "user", "content": question}]
+        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=question is not None)
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids [B, L], padded on the left, and their mask."""
@@ -81,13 +100,12 @@ class LanguageDataModule(FixedTasks, L.LightningDataModule):
         template: of prompts, see `Prompts`.
         most_tokens: of a completion.
         batch_size: questions of an update, over all processes.
-        completions: ``sampled`` from the policy, or ``reference`` answers, with rewards of one: next-token prediction.
-        temperature: of sampling; 0 takes the likeliest tokens, as the authors' code does.
+        completions: ``sampled`` from the policy, or ``reference`` answers without rewards: next-token prediction.
         reward_wrong: of a wrong answer; a right one has 1.
         evaluate_every: updates between validations.
         validation_questions, test_questions: how many of these splits are used at most.
         other_questions: how many of the others' tests are used at most.
-        evaluation_batch: prompts in one pass of evaluation.
+        generation_batch: prompts that are completed at once.
         split_seed: of the splits; experts that are to be used together need the same.
         seed: of the order of questions.
     """
@@ -102,13 +120,12 @@ class LanguageDataModule(FixedTasks, L.LightningDataModule):
         most_tokens: int,
         batch_size: int,
         completions: str = "sampled",
-        temperature: float = 0.0,
         reward_wrong: float = -1.0,
         evaluate_every: int,
         validation_questions: int,
         test_questions: int,
         other_questions: int = 100,
-        evaluation_batch: int = 100,
+        generation_batch: int = 100,
         split_seed: int = 0,
         seed: int = 0,
     ) -> None:
@@ -120,32 +137,29 @@ class LanguageDataModule(FixedTasks, L.LightningDataModule):
             validation_questions=validation_questions,
             test_questions=test_questions,
             other_questions=other_questions,
-            evaluation_batch=evaluation_batch,
+            generation_batch=generation_batch,
         )
         if completions not in COMPLETIONS:
             raise ValueError(f"Unknown completions={completions!r}: expected one of {', '.join(COMPLETIONS)}.")
-        if temperature < 0:
-            raise ValueError(f"temperature={temperature}: expected 0 or more.")
         self.prompts = Prompts(language_model, template)
         self.family = questions
         self.others = {own.name: own for own in (others or {}).values() if own.name != questions.name}
         self.most_tokens = most_tokens
         self.batch_size = batch_size
         self.completions = completions
-        self.temperature = temperature
         self.reward_wrong = reward_wrong
         self.evaluate_every = evaluate_every
         self.validation_questions = validation_questions
         self.test_questions = test_questions
         self.other_questions = other_questions
-        self.evaluation_batch = evaluation_batch
+        self.generation_batch = generation_batch
         self.split_seed = split_seed
         self.seed = seed
         self._splits: dict[str, dict[str, list[Question]]] = {}
 
     @property
     def spec(self) -> dict[str, Any]:
-        return {"end": self.prompts.end}
+        return {"ends": self.prompts.ends}
 
     def split(self, family: QuestionFamily, name: str) -> list[Question]:
         """One of the splits of a family."""
@@ -178,16 +192,17 @@ class LanguageDataModule(FixedTasks, L.LightningDataModule):
         return Stacks(lambda update: self._asked(module, self.drawn(update))[None], 1, module.updates, stop)
 
     def _asked(self, module: Any, questions: Sequence[Question]) -> TensorDict:
-        """Questions, the policy's answers or right ones, and their rewards."""
+        """Questions with the policy's answers and their rewards, or with right answers."""
         prompt, mask = self.prompts.encode([self.prompts.text(each.text, self.family.prefix) for each in questions])
         if self.completions == "sampled":
-            tokens, kept = module.complete(prompt, mask, most_tokens=self.most_tokens, temperature=self.temperature)
+            parts = zip(prompt.split(self.generation_batch), mask.split(self.generation_batch))
+            tokens, kept = self._together([module.complete(*part, most_tokens=self.most_tokens) for part in parts])
             texts = self.prompts.decode(tokens, kept)
             right = torch.tensor([self.family.right(text, each.answer) for text, each in zip(texts, questions)])
             judged = {"right": right, "reward": torch.where(right, 1.0, self.reward_wrong)}
         else:
             tokens, kept = self.prompts.encode_completions([self.family.reference(each.answer) for each in questions])
-            judged = {"reward": torch.ones(len(questions))}
+            judged = {}
         batch = {
             "prompt": prompt,
             "prompt_mask": mask.bool(),
@@ -196,6 +211,13 @@ class LanguageDataModule(FixedTasks, L.LightningDataModule):
             **judged,
         }
         return TensorDict({name: each.to(module.device) for name, each in batch.items()}, batch_size=[len(questions)])
+
+    def _together(self, parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Completions [B, T] and masks of several passes in one, as long as the longest."""
+        longest = max(tokens.shape[1] for tokens, _ in parts)
+        tokens = [pad(tokens, (0, longest - tokens.shape[1]), value=self.prompts.end) for tokens, _ in parts]
+        masks = [pad(mask, (0, longest - mask.shape[1]), value=False) for _, mask in parts]
+        return torch.cat(tokens), torch.cat(masks)
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -210,7 +232,7 @@ class LanguageDataModule(FixedTasks, L.LightningDataModule):
         )
 
     def task(self, name: str, family: QuestionFamily, questions: Sequence[Question]) -> "QuestionsTask":
-        return QuestionsTask(name, family, questions, self.prompts, self.most_tokens, self.evaluation_batch)
+        return QuestionsTask(name, family, questions, self.prompts, self.most_tokens, self.generation_batch)
 
 
 class QuestionsTask:

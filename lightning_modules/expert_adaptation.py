@@ -17,27 +17,14 @@ from torch import Tensor
 
 from components.adapted_model import AdaptedModel
 from components.adapters import Adapter
-from components.cross_entropy_method import CrossEntropyMethod
+from components.cross_entropy_method import CrossEntropyMethod, first_of
 from components.distributed import broadcast_, rank, sum_, world_size
 from components.experts import Expert, mixed
-from components.language_models import PretrainedFolder, completion_logits, token_log_probs
+from components.language_models import Completions, PretrainedFolder
 from lightning_modules.base import LearningMethod
 
 STRATEGIES = ("base", "uniform", "dispatch", "best", "search")
 KIND_TOKENS = 6  # of the answer to what kind of question it is
-
-
-class Attempt(NamedTuple):
-    """A candidate's completions of prompts.
-
-    Attributes:
-        tokens, mask: [B, T].
-        log_prob: the mean of a completion's tokens, [B].
-    """
-
-    tokens: Tensor
-    mask: Tensor
-    log_prob: Tensor
 
 
 class Answers(NamedTuple):
@@ -65,7 +52,7 @@ class ExpertAdaptation(LearningMethod):
     candidates answer a few shots (`attempt`), and a batch says which of their answers were right.
 
     Args:
-        end: id of the token that ends a completion.
+        ends: ids of the tokens that end a completion.
         families: kinds of questions that are adapted to.
         categories: names of kinds of questions that the model chooses from, each of which has the expert of that name.
         language_model: folder of the pretrained model.
@@ -76,6 +63,7 @@ class ExpertAdaptation(LearningMethod):
         search: makes the search of so many numbers, called with `size` and `start`.
         per_matrix: search a weight for each matrix.
         mix_space: see `components.experts.mixed`.
+        shuffle: seed by which the experts' numbers are shuffled within each matrix, a control; None for not.
         dtype: of the frozen weights.
         updates: of the whole run: one for each family with ``best``, as many for each with ``search``, 0 else.
         settings: further arguments of `LearningMethod`.
@@ -86,7 +74,7 @@ class ExpertAdaptation(LearningMethod):
     def __init__(
         self,
         *,
-        end: int,
+        ends: Sequence[int],
         families: int,
         categories: Sequence[str],
         language_model: PretrainedFolder,
@@ -97,6 +85,7 @@ class ExpertAdaptation(LearningMethod):
         search: Callable[..., CrossEntropyMethod] = CrossEntropyMethod,
         per_matrix: bool = False,
         mix_space: str = "z",
+        shuffle: int | None = None,
         dtype: str = "float32",
         updates: int,
         **settings: Any,
@@ -110,13 +99,15 @@ class ExpertAdaptation(LearningMethod):
         unknown = [category for category in experts if category not in categories]
         if unknown or not experts:
             raise ValueError(f"experts={list(experts)}: expected some of the categories {', '.join(categories)}.")
-        self.end = end
+        self.ends = list(ends)
         self.strategy = strategy
         self.rounds = updates // families  # of each family
         self.mix_space = mix_space
         self.language = AdaptedModel(language_model, adapter, dtype)
         self.names = list(experts)
         self.experts = [self._load(path) for path in experts.values()]
+        if shuffle is not None:
+            self.experts = [expert.shuffled(shuffle) for expert in self.experts]
         self.expert_of = [self.names.index(name) if name in experts else None for name in categories]
         self.classifier = None if classifier is None else self._load(classifier)
         self.columns = len(self.language.singular_values.parameters) if per_matrix else 1
@@ -125,6 +116,9 @@ class ExpertAdaptation(LearningMethod):
         searched = families if strategy == "search" else 0
         self.searches = torch.nn.ModuleList(search(size=size, start=share) for _ in range(searched))
         self.register_buffer("chosen", torch.full((families, size), share))
+
+    def shard(self, mesh: Any) -> None:
+        self.language.shard(mesh)
 
     def _load(self, path: str) -> Expert:
         expert = Expert.load(path, self.language.base_checksum)
@@ -136,21 +130,27 @@ class ExpertAdaptation(LearningMethod):
     def candidates(self, family: int) -> Tensor:
         """Weights of the mixtures to try for a family of questions, [P, K A or K]; the same in all processes."""
         if self.strategy == "best":
-            return torch.eye(len(self.experts)).repeat_interleave(self.columns, 1)
+            return self._single
         self.searches[family].ask()
         broadcast_(self.searches[family].points)
-        return self.searches[family].points.cpu()
+        return self.searches[family].points
 
-    def attempt(self, family: int, prompt: Tensor, mask: Tensor, most_tokens: int) -> "list[Attempt]":
+    @property
+    def _single(self) -> Tensor:
+        """Weights of each expert alone, [K, K A or K]."""
+        return torch.eye(len(self.experts), device=self.chosen.device).repeat_interleave(self.columns, 1)
+
+    @property
+    def _own(self) -> slice:
+        """The candidates that this process tries: its share, or all where processes share the model's weights."""
+        return slice(None) if self.language.sharded else slice(rank(), None, world_size())
+
+    def attempt(self, family: int, prompt: Tensor, mask: Tensor, most_tokens: int) -> list[Completions]:
         """What this process' share of the candidates answer to prompts [B, L]."""
         found = []
-        for weights in self.candidates(family)[rank() :: world_size()]:
+        for weights in self.candidates(family)[self._own].cpu():
             self._mix(weights)
-            tokens, kept = self.language.complete(prompt, mask, end=self.end, most_tokens=most_tokens)
-            with torch.no_grad():
-                sequences = (prompt.to(tokens.device), mask.to(tokens.device), tokens, kept)
-                log_probs = token_log_probs(completion_logits(self.language.model, *sequences), tokens)
-            found.append(Attempt(tokens, kept, (log_probs * kept).sum(1) / kept.sum(1)))
+            found.append(self.language.complete_surely(prompt, mask, ends=self.ends, most_tokens=most_tokens))
         return found
 
     def _mix(self, weights: Tensor) -> None:
@@ -166,15 +166,14 @@ class ExpertAdaptation(LearningMethod):
         family = self.updates // self.rounds
         right, log_prob = batch["right"].float(), batch["log_prob"]
         count = len(self.experts) if self.strategy == "best" else len(self.searches[family].points)
-        scores, ties = torch.zeros(2, count, device=self.device)
-        scores[rank() :: world_size()] = right.mean(1)
+        scores, ties = torch.zeros(2, count, device=right.device)
+        scores[self._own] = right.mean(1)
         # Among candidates that are right as often, those win that are surer where they are.
-        ties[rank() :: world_size()] = (log_prob * right).sum(1) / right.sum(1).clamp(min=1)
-        sum_([scores, ties])
+        ties[self._own] = (log_prob * right).sum(1) / right.sum(1).clamp(min=1)
+        if not self.language.sharded:
+            sum_([scores, ties])
         if self.strategy == "best":
-            best = (scores == scores.max()).nonzero()[:, 0]
-            best = best[ties[best].argmax()]
-            self.chosen[family] = self.candidates(family)[best].to(self.chosen)
+            self.chosen[family] = self._single[first_of(scores, ties)]
         else:
             self.searches[family].tell(scores, ties)
             self.chosen[family] = self.searches[family].best
@@ -196,7 +195,7 @@ class ExpertAdaptation(LearningMethod):
             with self._weights(task.family_number, kind):
                 for part in rows.split(task.batch):
                     prompt, mask = task.prompts_of(part.tolist())
-                    tokens, kept = self.language.complete(prompt, mask, end=self.end, most_tokens=task.most_tokens)
+                    tokens, kept = self.language.complete(prompt, mask, ends=self.ends, most_tokens=task.most_tokens)
                     for place, row, own in zip(part.tolist(), tokens.cpu(), kept.cpu()):
                         answers[place] = (row[None], own[None])
         scores = {"first_pass_seconds": between - began, "second_pass_seconds": time.monotonic() - between}
@@ -207,15 +206,15 @@ class ExpertAdaptation(LearningMethod):
         return Answers(answers, kinds)
 
     def on_test_epoch_end(self) -> None:
-        families = [values for name, values in self.scores.items() if name.endswith("/accuracy")]
-        self.add_scores({"average/accuracy": [sum(values) / len(values) for values in families]})
+        families = [sum(own) / len(own) for name, own in self.scores.items() if name.endswith("/accuracy")]
+        self.add_scores({"average/accuracy": [sum(families) / len(families)]})
 
     def _classify(self, prompt: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         if self.classifier is None:
             with self.language.adapter.base():
-                return self.language.complete(prompt, mask, end=self.end, most_tokens=KIND_TOKENS)
+                return self.language.complete(prompt, mask, ends=self.ends, most_tokens=KIND_TOKENS)
         self.language.singular_values.use(self.classifier.scales)
-        return self.language.complete(prompt, mask, end=self.end, most_tokens=KIND_TOKENS)
+        return self.language.complete(prompt, mask, ends=self.ends, most_tokens=KIND_TOKENS)
 
     @contextmanager
     def _weights(self, family: int, kind: int) -> Iterator[None]:
@@ -223,7 +222,7 @@ class ExpertAdaptation(LearningMethod):
         weights = None if self.strategy == "base" else self.chosen[family]
         if self.strategy == "dispatch":
             expert = self.expert_of[kind] if kind >= 0 else None
-            weights = None if expert is None else torch.eye(len(self.experts))[expert].repeat_interleave(self.columns)
+            weights = None if expert is None else self._single[expert]
         if weights is None:
             with self.language.adapter.base():
                 yield
@@ -234,3 +233,7 @@ class ExpertAdaptation(LearningMethod):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["learning_method"]["base"] = self.language.base_checksum
+
+    def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        super().check_checkpoint(checkpoint)
+        self.language.check_base(checkpoint["learning_method"]["base"])

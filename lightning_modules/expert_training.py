@@ -6,7 +6,7 @@ Dimensions: B sequences, L prompt tokens, T completion tokens, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,15 @@ from torch import Tensor
 from components.adapted_model import AdaptedModel
 from components.adapters import Adapter
 from components.checks import check_counts
+from components.distributed import broadcast_
 from components.experts import Expert
-from components.language_models import PretrainedFolder, categorical_kl, completion_logits, token_log_probs
+from components.language_models import (
+    PretrainedFolder,
+    categorical_kl,
+    completion_log_probs,
+    is_one_of,
+    of_tokens,
+)
 from components.reinforce import BASELINES, policy_loss, shaped_rewards
 from lightning_modules.base import LearningMethod
 
@@ -27,27 +34,29 @@ DIRECTIONS = ("reference_to_policy", "policy_to_reference")
 class ExpertTraining(LearningMethod):
     """REINFORCE with a penalty on the divergence from the base model; with reference answers, likelihood.
 
-    A batch has `prompt` [B, L] and `prompt_mask`, `completion` [B, T] and `completion_mask`, true up to the end of
-    each, and `reward` [B]; `right` [B], for the record, where the policy answered. The tokens that were drawn are the
-    tokens that are scored. Where completions are reference answers with rewards of one, the same loss is next-token
-    prediction.
+    A batch has `prompt` [B, L] and `prompt_mask`, padded on the left, `completion` [B, T] and `completion_mask`, true
+    up to the end of each; where the policy answered also `reward` [B], and `right` [B] for the record. The tokens that
+    were drawn are the tokens that are scored. Without rewards each completion counts as one, whatever else is set: the
+    same loss is next-token prediction then.
 
     Parameters with the best validation are kept, and are what is tested and exported in the end.
 
     Args:
-        end: id of the token that ends a completion.
+        ends: ids of the tokens that end a completion.
         language_model: folder of the pretrained model.
         adapter: what is trained in it, called with the model; None trains nothing (the base model, with updates=0).
         optimizer: makes the optimiser, called with parameters.
         dtype: of the frozen weights.
+        temperature: of the policy in training: its logits are divided by it. 0 takes the likeliest tokens, as the
+            authors' code does, and scores them as 1 does.
         max_norm: of the gradient; None leaves it. The authors' 1e-3 always binds, which makes each step about as long.
         baseline, normalise_rewards, clip_rewards: see `shaped_rewards`.
         mean_over_tokens: see `policy_loss`.
         score_end: whether the token that ends a completion is scored; the authors' code does not.
-        kl_coefficient: weight of the divergence, summed over a completion's tokens.
+        kl_coefficient: weight of the divergence, summed over a completion's tokens, whatever the temperature.
         kl_direction: ``reference_to_policy``, KL(base || adapted), is the authors' code's, ``policy_to_reference`` the
             paper's.
-        micro_batch: sequences in one pass; None for all.
+        micro_batch: sequences of similar lengths in one pass, and completed at once; None for all.
         expert: file of an expert vector to begin with.
         shuffle: seed by which that expert's numbers are shuffled within each matrix, a control; None for not.
         settings: further arguments of `LearningMethod`.
@@ -58,11 +67,12 @@ class ExpertTraining(LearningMethod):
     def __init__(
         self,
         *,
-        end: int,
+        ends: Sequence[int],
         language_model: PretrainedFolder,
         adapter: Callable[..., Adapter] | None,
         optimizer: Callable[..., torch.optim.Optimizer],
         dtype: str = "float32",
+        temperature: float = 0.0,
         max_norm: float | None = 1e-3,
         baseline: str = "none",
         normalise_rewards: bool = False,
@@ -82,11 +92,14 @@ class ExpertTraining(LearningMethod):
             raise ValueError(f"Unknown baseline={baseline!r}: expected one of {', '.join(BASELINES)}.")
         if kl_direction not in DIRECTIONS:
             raise ValueError(f"Unknown kl_direction={kl_direction!r}: expected one of {', '.join(DIRECTIONS)}.")
+        if temperature < 0:
+            raise ValueError(f"temperature={temperature}: expected 0 or more.")
         if kl_coefficient < 0:
             raise ValueError(f"kl_coefficient={kl_coefficient}: expected 0 or more.")
         if adapter is None and self.total_updates:
             raise ValueError(f"updates={self.total_updates}: expected 0 where adapter is null, for nothing is trained.")
-        self.end = end
+        self.ends = list(ends)
+        self.temperature = temperature
         self.max_norm = max_norm
         self.baseline = baseline
         self.normalise_rewards = normalise_rewards
@@ -111,25 +124,31 @@ class ExpertTraining(LearningMethod):
 
     # -- the policy ---------------------------------------------------------------------------------------------------
 
-    def complete(self, prompt: Tensor, mask: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
-        """Completions of prompts [B, L] by the present model: tokens [B, T], and their mask."""
+    def complete(self, prompt: Tensor, mask: Tensor, most_tokens: int) -> tuple[Tensor, Tensor]:
+        """Completions of prompts [B, L] by the present policy, as it trains: tokens [B, T], and their mask."""
+        return self._complete(prompt, mask, most_tokens, self.temperature)
+
+    def _complete(self, prompt: Tensor, mask: Tensor, most_tokens: int, temperature: float) -> tuple[Tensor, Tensor]:
         self.language.refresh()
-        return self.language.complete(prompt, mask, end=self.end, **settings)
+        return self.language.complete(prompt, mask, ends=self.ends, most_tokens=most_tokens, temperature=temperature)
 
     # -- the learning rule --------------------------------------------------------------------------------------------
 
     def update(self, batch: TensorDict) -> TensorDict:
         adapter = self.language.adapter
-        weight = shaped_rewards(
-            batch["reward"], baseline=self.baseline, normalise=self.normalise_rewards, clip=self.clip_rewards
-        )
+        rewarded = "reward" in batch.keys()  # noqa: SIM118 - a TensorDict iterates over its rows
+        rows = len(batch)
+        weight = torch.ones(rows, device=batch["completion"].device)
+        if rewarded:
+            weight = shaped_rewards(
+                batch["reward"], baseline=self.baseline, normalise=self.normalise_rewards, clip=self.clip_rewards
+            )
         adapter.refresh()
-        leaves, rows = adapter.leaves(), len(weight)
+        leaves = adapter.leaves()
         gradients = [torch.zeros_like(leaf) for leaf in leaves]
         total = torch.zeros(2, device=weight.device)
-        for begin in range(0, rows, self.micro_batch or rows):
-            part = slice(begin, begin + (self.micro_batch or rows))
-            losses = self.losses(batch[part], weight[part]) / rows
+        for part, own in self._parts(batch, weight):
+            losses = self.losses(part, own) / rows
             torch._foreach_add_(gradients, torch.autograd.grad(losses[0] + self.kl_coefficient * losses[1], leaves))
             total += losses.detach()
         norm = self.step(adapter.gradients(gradients), self.optimizer, self.max_norm)
@@ -137,7 +156,7 @@ class ExpertTraining(LearningMethod):
             "loss": total[0] + self.kl_coefficient * total[1],
             "tokens": batch["completion_mask"].sum(1).float().mean(),
         }
-        if "right" in batch.keys():  # noqa: SIM118 - a TensorDict iterates over its rows
+        if rewarded:
             metrics["accuracy"] = 100 * batch["right"].float().mean()
         if self.kl_coefficient:
             metrics["kl"] = total[1]
@@ -145,38 +164,60 @@ class ExpertTraining(LearningMethod):
             metrics["gradient_norm"] = norm
         return TensorDict(metrics)
 
+    def _parts(self, batch: TensorDict, weight: Tensor) -> Iterator[tuple[TensorDict, Tensor]]:
+        """The batch in passes, each of similar sequences and no longer than they are.
+
+        This reads lengths, once for all passes: after completions, at whose every token a host waits for the device,
+        it costs nothing, and what is not padded is not computed.
+        """
+        if self.micro_batch is None:
+            yield batch, weight
+            return
+        lengths = torch.stack([batch[f"{part}_mask"].sum(1) for part in ("prompt", "completion")], 1).tolist()
+        order = sorted(range(len(lengths)), key=lambda row: sum(lengths[row]))
+        for begin in range(0, len(order), self.micro_batch):
+            rows = order[begin : begin + self.micro_batch]
+            prompt, completion = (max(lengths[row][part] for row in rows) for part in (0, 1))
+            part = batch[rows]
+            for name in ("prompt", "prompt_mask"):
+                part[name] = part[name][:, -prompt:]
+            for name in ("completion", "completion_mask"):
+                part[name] = part[name][:, :completion]
+            yield part, weight[rows]
+
     def losses(self, batch: TensorDict, weight: Tensor) -> Tensor:
         """Sums over sequences, [2]: the policy's loss with weights [B], and the divergence from the base model."""
         sequences = [batch[name] for name in ("prompt", "prompt_mask", "completion", "completion_mask")]
         tokens, mask = batch["completion"], batch["completion_mask"]
         if not self.score_end:
-            mask = mask & (tokens != self.end)
-        logits = completion_logits(self.language.model, *sequences)
-        policy = policy_loss(token_log_probs(logits, tokens), mask, weight, self.mean_over_tokens).sum()
+            mask = mask & ~is_one_of(tokens, self.ends)
+        adapted = completion_log_probs(self.language.model, *sequences)
+        policy = adapted if self.temperature in (0, 1) else (adapted / self.temperature).log_softmax(-1)
+        policy_losses = policy_loss(of_tokens(policy, tokens), mask, weight, self.mean_over_tokens).sum()
         if not self.kl_coefficient:
-            return torch.stack([policy, torch.zeros_like(policy)])
+            return torch.stack([policy_losses, torch.zeros_like(policy_losses)])
         with torch.no_grad(), self.language.adapter.base():
-            reference = completion_logits(self.language.model, *sequences).log_softmax(-1)
-        adapted = logits.log_softmax(-1)
+            reference = completion_log_probs(self.language.model, *sequences)
         forth = self.kl_direction == "reference_to_policy"
         divergence = categorical_kl(reference, adapted) if forth else categorical_kl(adapted, reference)
-        return torch.stack([policy, torch.where(mask, divergence, 0.0).sum()])
+        return torch.stack([policy_losses, torch.where(mask, divergence, 0.0).sum()])
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
     def evaluate(self, task: Any) -> list[tuple[Tensor, Tensor]]:
         """The likeliest completions of an evaluation task's batches of prompts, with their masks, on the CPU."""
         return [
-            tuple(each.cpu() for each in self.complete(prompt, mask, most_tokens=task.most_tokens))
+            tuple(each.cpu() for each in self._complete(prompt, mask, task.most_tokens, temperature=0.0))
             for prompt, mask in task.batches
         ]
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
         values = self.scores["validation/accuracy"]
-        score = sum(values) / len(values)
+        score = torch.tensor(sum(values) / len(values), device=self.device)
+        broadcast_(score)  # or rounding might let processes keep different parameters
         if self.optimizer is not None and score > self.best_validation:
-            self.best_validation.fill_(score)
+            self.best_validation.copy_(score)
             for best, parameter in self._best():
                 best.copy_(parameter.detach())
 
@@ -205,9 +246,4 @@ class ExpertTraining(LearningMethod):
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         super().check_checkpoint(checkpoint)
-        found = checkpoint["learning_method"]["base"]
-        if found != self.language.base_checksum:
-            raise ValueError(
-                f"The checkpoint adapts the model {found}, expected {self.language.base_checksum}, that of "
-                "language_model."
-            )
+        self.language.check_base(checkpoint["learning_method"]["base"])

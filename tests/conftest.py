@@ -109,6 +109,7 @@ def language_folder(tmp_path_factory) -> Path:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "vocab_size": len(alphabet) + 1,
+        "eos_token_id": len(alphabet),
         "initializer_range": 0.5,
         "tie_word_embeddings": True,
     }

@@ -589,7 +589,7 @@ def test_a_large_model_is_composed_and_built_on_the_meta_device():
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=128256))
     folder = SimpleNamespace(model=lambda dtype: model.to(getattr(torch, dtype)), checksum="of a model")
     config.module.language_model = None
-    module = instantiate(config.module, end=2, language_model=folder)
+    module = instantiate(config.module, ends=[2], language_model=folder)
     assert module.language.adapter.count() == 393_216
     assert {p.dtype for p in module.language.adapter.parameters.values()} == {torch.float32}
     assert model.dtype == torch.bfloat16

@@ -12,9 +12,9 @@ from components.language_models import (
     PretrainedFolder,
     categorical_kl,
     complete,
-    completion_logits,
+    completion_log_probs,
+    of_tokens,
     smollm2,
-    token_log_probs,
 )
 
 END = 2
@@ -46,7 +46,7 @@ def prompts(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_greedy_completions_are_the_likeliest_tokens_one_after_the_other(model):
     ids, mask = prompts(5, 5, 5)
-    tokens, kept = complete(model, ids, mask, most_tokens=6, end=END)
+    tokens, kept = complete(model, ids, mask, most_tokens=6, ends=[END])
     sequence = ids
     for step in range(tokens.shape[1]):
         best = model(input_ids=sequence).logits[:, -1].argmax(-1)
@@ -59,17 +59,17 @@ def test_greedy_completions_are_the_likeliest_tokens_one_after_the_other(model):
 
 def test_padding_and_company_change_nothing(model):
     ids, mask = prompts(3, 6, 4)
-    tokens, kept = complete(model, ids, mask, most_tokens=5, end=END)
-    together = token_log_probs(completion_logits(model, ids, mask, tokens, kept), tokens)
-    other = token_log_probs(completion_logits(model, ids.where(mask.bool(), 7), mask, tokens, kept), tokens)
+    tokens, kept = complete(model, ids, mask, most_tokens=5, ends=[END])
+    together = of_tokens(completion_log_probs(model, ids, mask, tokens, kept), tokens)
+    other = of_tokens(completion_log_probs(model, ids.where(mask.bool(), 7), mask, tokens, kept), tokens)
     for row in range(3):
         own = ids[row, mask[row].bool()][None]
-        alone, own_kept = complete(model, own, torch.ones_like(own), most_tokens=5, end=END)
+        alone, own_kept = complete(model, own, torch.ones_like(own), most_tokens=5, ends=[END])
         length = int(own_kept.sum())
         assert torch.equal(alone[0, :length], tokens[row, :length])
         assert int(kept[row].sum()) == length
-        logits = completion_logits(model, own, torch.ones_like(own), alone, own_kept)
-        scored = token_log_probs(logits, alone)[0, :length]
+        log_probs = completion_log_probs(model, own, torch.ones_like(own), alone, own_kept)
+        scored = of_tokens(log_probs, alone)[0, :length]
         torch.testing.assert_close(together[row, :length], scored, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(other[row, :length], scored, rtol=1e-4, atol=1e-5)
         sequence = torch.cat([own, alone], 1)  # brute force: every prefix by itself
@@ -83,11 +83,11 @@ def test_samples_have_the_models_probabilities(model):
     ids, mask = prompts(4)
     probabilities = (model(input_ids=ids).logits[0, -1] / 0.7).softmax(-1)
     torch.manual_seed(0)
-    tokens, _ = complete(model, ids.repeat(4000, 1), mask.repeat(4000, 1), most_tokens=1, end=END, temperature=0.7)
+    tokens, _ = complete(model, ids.repeat(4000, 1), mask.repeat(4000, 1), most_tokens=1, ends=[END], temperature=0.7)
     found = tokens[:, 0].bincount(minlength=12) / 4000
     torch.testing.assert_close(found, probabilities, rtol=0, atol=0.03)
     torch.manual_seed(0)
-    again, _ = complete(model, ids.repeat(4000, 1), mask.repeat(4000, 1), most_tokens=1, end=END, temperature=0.7)
+    again, _ = complete(model, ids.repeat(4000, 1), mask.repeat(4000, 1), most_tokens=1, ends=[END], temperature=0.7)
     assert torch.equal(again, tokens)
 
 
@@ -151,9 +151,7 @@ def test_the_packaged_model_answers(tmp_path):
     tokenizer, model = folder.tokenizer(), folder.model()
     question = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
     encoded = tokenizer([question], return_tensors="pt", add_special_tokens=False)
-    tokens, mask = complete(
-        model, encoded["input_ids"], encoded["attention_mask"], most_tokens=12, end=tokenizer.eos_token_id
-    )
+    tokens, mask = complete(model, encoded["input_ids"], encoded["attention_mask"], most_tokens=12, ends=folder.ends())
     assert tokenizer.decode(tokens[0][mask[0]]) == "The capital of France is Paris.<|im_end|>"
     assert sum(each.numel() for each in model.parameters()) == 134_515_008
     assert tokenizer.decode(encoded["input_ids"][0]) == question

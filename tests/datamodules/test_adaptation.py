@@ -35,14 +35,14 @@ def test_candidates_answer_shots_and_are_judged(language_folder):
 
     def attempt(number, prompt, mask, most_tokens):
         asked.append((number, data.prompts.decode(prompt, mask), most_tokens))
-        answers = [data.families[number].reference(shot.answer) for shot in data.shots_of(number)]
+        answers = [data.families[number].reference(shot.answer) for shot in data.drawn(number)[0]]
         return [said(data, answers), said(data, [" 0.", *answers[1:]])]
 
     module = SimpleNamespace(updates=1, total_updates=4, rounds=2, attempt=attempt, device=torch.device("cpu"))
     data.trainer = SimpleNamespace(lightning_module=module)
     batches = list(data.train_dataloader())
     assert [number for number, *_ in asked] == [0, 1, 1]
-    assert asked[0][1] == [f"[{shot.text}]The answer is" for shot in data.shots_of(0)]
+    assert asked[0][1] == [f"[{shot.text}]The answer is" for shot in data.drawn(0)[0]]
     assert batches[0].shape == (1, 2)
     assert batches[0]["right"][0].tolist() == [[True] * 6, [False] + [True] * 5]
     assert batches[0]["log_prob"][0, 0].tolist() == list(range(6))
@@ -54,22 +54,22 @@ def test_shots_and_tests_share_nothing(language_folder):
     assert [task.name for task in tasks] == ["add20", "lastnum"]
     assert [task.family_number for task in tasks] == [0, 1]
     for number, task in enumerate(tasks):
-        assert not set(data.shots_of(number)) & set(task.questions)
+        assert not set(data.drawn(number)[0]) & set(task.questions)
         assert len(task.questions) == 10
     assert not list(data.val_dataloader())
-    assert data.spec == {"end": 256, "families": 2, "categories": ["arithmetic", "list"]}
+    assert data.spec == {"ends": [256], "families": 2, "categories": ["arithmetic", "list"]}
 
 
 def test_examples_stand_before_the_question(language_folder):
     plain, with_examples = (next(iter(made(language_folder, in_context=n).test_dataloader())) for n in (0, 2))
     texts = [task.prompts.decode(*task.prompts_of([3]))[0] for task in (plain, with_examples)]
-    shots = made(language_folder).shots_of(0)[:2]
+    shots = made(language_folder).drawn(0)[0][:2]
     before = "".join(f"[{shot.text}]The answer is {shot.answer}.|" for shot in shots)
     assert texts == [f"[{plain.questions[3].text}]The answer is", before + texts[0]]
 
 
 def test_questions_are_sorted(language_folder):
-    data = made(language_folder, evaluation_batch=4)
+    data = made(language_folder, generation_batch=4)
     _, task = data.test_dataloader()
     batches = list(task.kind_batches)
     assert [len(prompt) for prompt, _ in batches] == [4, 4, 2]

@@ -199,7 +199,7 @@ def expert_gradients(
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=30, initializer_range=0.5)).eval()
     module = ExpertTraining(
-        end=2,
+        ends=[2],
         language_model=SimpleNamespace(model=lambda dtype: model, checksum="of a model"),
         adapter=partial(SingularValueAdapter, modules="both", factorised=sharded),
         optimizer=partial(torch.optim.SGD, lr=0.0),

@@ -20,7 +20,7 @@ def small(language_folder, tmp_path_factory) -> tuple[str, ...]:
         "language_model=folder",
         f"language_model.path={language_folder}",
         f"data_root={tmp_path_factory.mktemp('data')}",
-        "datamodule.temperature=1.0",
+        "module.temperature=1.0",
         "module.baseline=leave_one_out",
         "module.kl_coefficient=0.1",
         "module.micro_batch=4",
@@ -151,7 +151,7 @@ def adaptation(language_folder, tmp_path_factory) -> tuple[str, ...]:
         "protocol.validation_questions=4",
         "protocol.test_questions=4",
         "protocol.shots=4",
-        "datamodule.evaluation_batch=3",
+        "datamodule.generation_batch=3",
     )
 
 

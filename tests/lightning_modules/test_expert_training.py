@@ -6,7 +6,7 @@ import torch
 from tensordict import TensorDict
 
 from components.adapters import FullAdapter, LowRankAdapter, SingularValueAdapter
-from components.language_models import PretrainedFolder, completion_logits
+from components.language_models import PretrainedFolder, completion_log_probs
 from lightning_modules.expert_training import ExpertTraining
 
 ADAPTERS = {"svf": SingularValueAdapter, "lora": LowRankAdapter, "full": FullAdapter}
@@ -25,7 +25,7 @@ def made(language_folder):
             "updates": 10,
             "log_every": 1,
         }
-        return ExpertTraining(end=256, **{**defaults, **settings})
+        return ExpertTraining(ends=[256], **{**defaults, **settings})
 
     return make
 
@@ -62,8 +62,8 @@ def token_sums(module: ExpertTraining, data: TensorDict, mask: torch.Tensor) -> 
     for scaling in getattr(module.language.adapter, "scalings", {}).values():
         scaling.held = None
     sequences = [data[name] for name in ("prompt", "prompt_mask", "completion", "completion_mask")]
-    logits = completion_logits(module.language.model, *sequences)
-    picked = logits.log_softmax(-1).gather(-1, data["completion"][..., None])[..., 0]
+    log_probs = completion_log_probs(module.language.model, *sequences)
+    picked = log_probs.gather(-1, data["completion"][..., None])[..., 0]
     return (picked * mask).sum(1)
 
 
@@ -123,9 +123,9 @@ def test_divergence_from_the_base_model(made, direction):
             parameter.add_(0.05 * torch.randn_like(parameter))
         found = module.losses(data, zero)[1]
         sequences = [data[name] for name in ("prompt", "prompt_mask", "completion", "completion_mask")]
-        adapted = completion_logits(module.language.model, *sequences).softmax(-1)
+        adapted = completion_log_probs(module.language.model, *sequences).exp()
         with module.language.adapter.base():
-            base = completion_logits(module.language.model, *sequences).softmax(-1)
+            base = completion_log_probs(module.language.model, *sequences).exp()
         p, q = (base, adapted) if direction == "reference_to_policy" else (adapted, base)
         expected = ((p * (p / q).log()).sum(-1) * data["completion_mask"]).sum()
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
@@ -148,11 +148,11 @@ def test_equal_rewards_beside_a_baseline_teach_nothing(made):
 @pytest.mark.parametrize(("kind", "lr"), [("svf", 0.1), ("full", 0.01)])
 def test_it_learns_what_is_rewarded(made, kind, lr):
     """A bandit: tokens below 128 are right, about half of them at first."""
-    module = made(kind, lr, baseline="leave_one_out", max_norm=1e-3)
+    module = made(kind, lr, baseline="leave_one_out", max_norm=1e-3, temperature=1.0)
     prompt, mask = torch.arange(5).repeat(64, 1), torch.ones(64, 5, dtype=torch.long)
     shares = []
     for _ in range(40):
-        tokens, kept = module.complete(prompt, mask, most_tokens=1, temperature=1.0)
+        tokens, kept = module.complete(prompt, mask, most_tokens=1)
         right = tokens[:, 0] < 128
         shares.append(right.float().mean().item())
         data = {"prompt": prompt, "prompt_mask": mask.bool(), "completion": tokens, "completion_mask": kept}
@@ -218,6 +218,7 @@ def test_an_expert_goes_on_where_it_was(made, tmp_path):
         ({"kind": None}, "updates=10: expected 0 where adapter is null"),
         ({"baseline": "x"}, "Unknown baseline='x'"),
         ({"kl_direction": "x"}, "Unknown kl_direction='x'"),
+        ({"temperature": -1.0}, "temperature=-1.0: expected 0 or more"),
         ({"kl_coefficient": -1.0}, "kl_coefficient=-1.0: expected 0 or more"),
         ({"micro_batch": 0}, "micro_batch=0: expected at least 1"),
     ],
