@@ -50,21 +50,24 @@ class QuestionFamily(ABC):
 
 # -- reading answers ------------------------------------------------------------------------------------------------
 
-_NUMBER = re.compile(r"[-+\u2212]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|[-+\u2212]?\.\d+")
+_NUMBER = re.compile(
+    r"(?P<sign>[-+\u2212]?)[$\u20ac\u00a3]?"
+    r"(?P<digits>(?<!\d,)\d{1,3}(?:,\d{3})+(?![\d]|,\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
+)
+_LONGEST = 1000  # digits that are read: more are no answer, and can take a while
 
 
 def numbers(text: str) -> list[Fraction]:
-    """All numbers in a text, as they are meant: with signs, decimals and thousands' separators.
+    """All numbers in a text, as they are meant: with signs, decimals, currencies and thousands' separators.
 
-    A sign right behind a digit, a letter or a closing bracket is an operator.
+    A sign right behind a digit, a letter or a closing bracket is an operator, and commas between numbers of other than
+    three digits make a list.
     """
     found = []
     for match in _NUMBER.finditer(text):
-        digits = match[0].replace(",", "").replace("\u2212", "-")
-        before = text[match.start() - 1 : match.start()]
-        if digits[0] in "+-" and re.match(r"[\w)\]]", before):
-            digits = digits[1:]
-        found.append(Fraction(digits))
+        negative = match["sign"] in ("-", "\u2212") and not re.match(r"[\w)\]]", text[: match.start()][-1:])
+        size = Fraction(match["digits"].replace(",", "")[:_LONGEST])
+        found.append(-size if negative else size)
     return found
 
 
@@ -221,7 +224,7 @@ def family(name: str) -> QuestionFamily:
 
 
 class Categories(QuestionFamily):
-    """Which kind of question is it? Asked about the questions of other families, split as they are.
+    """Which kind of question is it? Asked about the questions of other families, as many of each, split as they are.
 
     Args:
         families: by the names of their categories.
@@ -248,19 +251,20 @@ class Categories(QuestionFamily):
 
     def splits(self, seed: int) -> dict[str, list[Question]]:
         found: dict[str, list[Question]] = {split: [] for split in SPLITS}
-        for category, own in self.families.items():
-            splits = own.splits(seed)
-            for split, questions in splits.items():
-                found[split] += [Question(self.asked(question.text), category) for question in questions]
+        splits = {category: own.splits(seed) for category, own in self.families.items()}
         for split, questions in found.items():
+            count = min(len(own[split]) for own in splits.values())
+            for category, own in splits.items():
+                questions += [Question(self.asked(question.text), category) for question in own[split][:count]]
             random.Random(f"{self.name}/{split}/{seed}").shuffle(questions)
         return found
 
     def read(self, completion: str) -> str | None:
         """The category that a completion names first; None for none."""
         known = {category.casefold(): category for category in self.families}
-        words = re.findall(r"[^\W\d_]+", completion.casefold())
-        return next((known[word] for word in words if word in known), None)
+        named = "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
+        found = re.search(rf"(?<!\w)(?:{named})(?!\w)", completion.casefold())
+        return None if found is None else known[found[0]]
 
     def right(self, completion: str, answer: str) -> bool:
         return self.read(completion) == answer
@@ -311,6 +315,9 @@ class ARC(QuestionFamily):
     """Multiple choice (Clark et al., arXiv 1803.05457): files ``NAME-Train.jsonl``, ``-Dev`` and ``-Test`` with
     ``question.stem``, ``question.choices`` of ``text`` and ``label``, and ``answerKey``.
 
+    A completion is read by the first label in brackets or after "answer is"; without any, by a label that it begins
+    with. A stray capital is no answer.
+
     Args:
         folder: of the files.
         name: ``ARC-Easy`` or ``ARC-Challenge``, as in the files' names.
@@ -343,11 +350,61 @@ class ARC(QuestionFamily):
         return questions
 
     def right(self, completion: str, answer: str) -> bool:
-        found = re.search(r"(?<!\w)\(?([A-Z]|\d)\)?(?!\w)", completion)
-        return found is not None and found[1] == answer
+        found = _CHOSEN.search(completion) or _CHOSEN_FIRST.match(completion)
+        return found is not None and answer in found.groups()
 
     def reference(self, answer: str) -> str:
         return f" ({answer})."
+
+
+_CHOSEN = re.compile(r"\(([A-J1-9])\)|(?i:answer(?: is|:)) *([A-J1-9])(?![\w'])")
+_CHOSEN_FIRST = re.compile(r"\s*(?:([A-J1-9])(?=[.):,;\n]|\s*$)|([B-HJ])(?= ))")  # A and I are words too
+
+
+class MATH(QuestionFamily):
+    """Competition problems (Hendrycks et al., arXiv 2103.03874): files ``train/SUBJECT/NUMBER.json`` and ``test/...``
+    with ``problem`` and ``solution``, which puts the answer in ``\\boxed{}``. Every other training problem validates.
+
+    A completion is right if its boxed answer is equal to the solution's, as `math_verify` compares mathematics.
+
+    Args:
+        folder: of ``train`` and ``test``.
+    """
+
+    name = "math"
+    prefix = ""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def splits(self, seed: int) -> dict[str, list[Question]]:
+        problems = {name: self._read(name) for name in ("train", "test")}
+        random.Random(f"{self.name}/{seed}").shuffle(problems["train"])  # or subjects would come one after the other
+        return {"train": problems["train"][::2], "validation": problems["train"][1::2], "test": problems["test"]}
+
+    def _read(self, name: str) -> list[Question]:
+        paths = sorted((self.folder / name).glob("*/*.json"))
+        if not paths:
+            raise FileNotFoundError(
+                f"{self.folder / name}: expected problems SUBJECT/NUMBER.json from https://github.com/hendrycks/math, "
+                "found none."
+            )
+        questions = []
+        for path in paths:
+            text, solution = _strings(path, 1, _json_object(path, 1, path.read_text("utf-8")), "problem", "solution")
+            if "\\boxed" not in solution:
+                raise ValueError(f"{path}: expected a solution with an answer in \\boxed{{}}, found none.")
+            questions.append(Question(f"{text}\nPut the answer in \\boxed{{}}.", solution))
+        return questions
+
+    def right(self, completion: str, answer: str) -> bool:
+        from math_verify import LatexExtractionConfig, parse, verify
+
+        boxed = [LatexExtractionConfig(boxed_match_priority=0)]
+        return "\\boxed" in completion and verify(parse(answer, boxed), parse(completion, boxed))
+
+    def reference(self, answer: str) -> str:
+        return answer
 
 
 def _json_lines(path: Path, source: str) -> Iterable[tuple[Path, int, dict]]:
@@ -357,15 +414,17 @@ def _json_lines(path: Path, source: str) -> Iterable[tuple[Path, int, dict]]:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            try:
-                found = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}:{number}: expected a JSON object on each line, found none ({error})."
-                ) from None
-            if not isinstance(found, dict):
-                raise ValueError(f"{path}:{number}: expected a JSON object on each line, found {type(found).__name__}.")
-            yield path, number, found
+            yield path, number, _json_object(path, number, line)
+
+
+def _json_object(path: Path, number: int, text: str) -> dict:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{number}: expected a JSON object, found none ({error}).") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}:{number}: expected a JSON object, found {type(found).__name__}.")
+    return found
 
 
 def _strings(path: Path, number: int, line: dict, *keys: str) -> list[str]:

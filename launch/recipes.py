@@ -51,10 +51,22 @@ def rebuild(path: Path, trust: tuple[str, ...] = ()) -> tuple[L.LightningModule,
     if recipe is None:
         raise ValueError(f"ckpt_path={path}: expected a checkpoint written by train.py, found one without a recipe.")
     check_targets(recipe, path, trust)
+    recipe = _moved(recipe, recipe.get("study"), str(path.resolve().parents[3]))
     module = instantiate(recipe["module"], **recipe["spec"])
     module.load_state_dict(checkpoint["state_dict"])
     module.on_load_checkpoint(checkpoint)
     return module, instantiate(recipe["datamodule"]), recipe
+
+
+def _moved(node: Any, before: str | None, now: str) -> Any:
+    """A recipe whose files in the folder that its study had are where that folder is now."""
+    if isinstance(node, Mapping):
+        return {key: _moved(value, before, now) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_moved(value, before, now) for value in node]
+    if before is not None and isinstance(node, str) and node.startswith(f"{before}/"):
+        return now + node.removeprefix(before)
+    return node
 
 
 def check_targets(node: Any, path: Path, trust: tuple[str, ...] = ()) -> None:

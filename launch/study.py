@@ -103,6 +103,7 @@ def build(
     module = instantiate(config.module, **datamodule.spec)
     module.recipe = {
         "experiment": config.name,
+        "study": config.study_dir,
         "spec": dict(datamodule.spec),
         "module": OmegaConf.to_container(config.module, resolve=True),
         "datamodule": OmegaConf.to_container(config.datamodule, resolve=True),

@@ -1,5 +1,6 @@
 """Every experiment and preset composes, and its parts fit together: sizes, switches and one update."""
 
+import itertools
 import json
 from functools import partial
 from pathlib import Path
@@ -515,17 +516,24 @@ LANGUAGE = sorted(
 )
 
 
+HARD = ("Easy", "Challenge")
+
+
 def write_questions(folder: Path) -> None:
-    """A few of GSM8K's and ARC's, in their formats."""
+    """A few of GSM8K's, ARC's and MATH's, in their formats."""
     problem = {"question": "How many?", "answer": "Two and two.\n#### 4"}
     choices = [{"text": "this", "label": "A"}, {"text": "that", "label": "B"}]
     choice = {"question": {"stem": "Which?", "choices": choices}, "answerKey": "B"}
     for path, line in (
         *((f"gsm8k/{name}.jsonl", problem) for name in ("train", "test")),
-        *((f"ARC-Easy/ARC-Easy-{name}.jsonl", choice) for name in ("Train", "Dev", "Test")),
+        *((f"ARC-{kind}/ARC-{kind}-{name}.jsonl", choice) for kind in HARD for name in ("Train", "Dev", "Test")),
     ):
         (folder / path).parent.mkdir(exist_ok=True)
         (folder / path).write_text("".join(json.dumps(line) + "\n" for _ in range(8)))
+    for split, number in itertools.product(("train", "test"), range(8)):
+        path = folder / "MATH" / split / "algebra" / f"{number}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"problem": f"{number}?", "solution": "\\boxed{4}"}))
 
 
 @pytest.mark.parametrize("name", LANGUAGE)
@@ -537,6 +545,7 @@ def test_every_arm_of_every_language_experiment_learns(name, language_folder, tm
     assert config.summary
     assert config.duration
     small = ("protocol.batch_size=2", "protocol.most_tokens=3", f"data_root={tmp_path}", "module.dtype=float32")
+    small += ("protocol.shots=4",) if name == "paper/transformer_squared" else ()
     for arm, overrides in config.arms.items():
         folders = (f"study_dir={tmp_path}", f"run_dir={tmp_path / arm / 'seed_0'}", f"arm={arm}")
         config = composed(f"experiment={name}", *folders, *overrides, *small, "language_model=folder")

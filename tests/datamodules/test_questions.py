@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from datamodules.questions import ARC, FAMILIES, GSM8K, Categories, family, first_word_is, numbers
+from datamodules.questions import ARC, FAMILIES, GSM8K, MATH, Categories, family, first_word_is, numbers
 
 OPERANDS = {"addm": (2, 12), "add20": (2, 20)}
 
@@ -20,6 +20,9 @@ OPERANDS = {"addm": (2, 12), "add20": (2, 20)}
         ("\u22125 or +.5", [-5, Fraction(1, 2)]),
         ("$1,234,567.", [1234567]),
         ("10, 20, 300", [10, 20, 300]),
+        ("10,20,300", [10, 20, 300]),
+        ("-$5 or \u20ac3", [-5, 3]),
+        ("7" * 5000, [int("7" * 1000)]),
         ("none", []),
     ],
 )
@@ -102,14 +105,21 @@ def test_categories_are_split_as_their_questions_are():
     categories = Categories(families)
     splits = categories.splits(0)
     for split, questions in splits.items():
-        own = {question.text for each in families.values() for question in each.splits(0)[split]}
-        assert {text.split("Question: ")[1] for text, _ in questions} == own
-        assert {answer for _, answer in questions} == {"comparison", "list"}
+        answers = [answer for _, answer in questions]
+        assert answers.count("comparison") == answers.count("list") == len(answers) / 2
+        for category, own in families.items():
+            asked = {text.split("Question: ")[1] for text, answer in questions if answer == category}
+            assert asked <= {question.text for question in own.splits(0)[split]}
     text, _ = splits["test"][0]
     assert text.startswith("Classify the question into one of these categories: comparison, list. Question: ")
     assert categories.read(" Comparison.") == "comparison"
     assert categories.read(" 'list' or comparison") == "list"
     assert categories.read(" lists") is None
+    longer = Categories({"list": family("lastword"), "list-making": family("larger"), "word problem": family("addm")})
+    assert longer.read(" List-making, then") == "list-making"
+    assert longer.read(" a word problem") == "word problem"
+    counts = [len(own) for own in longer.splits(0).values()]
+    assert counts == [3 * min(len(each.splits(0)[split]) for each in longer.families.values()) for split in splits]
     assert categories.right(" list.", "list")
     assert not categories.right(" none", "list")
 
@@ -138,8 +148,8 @@ def test_word_problems_are_read_from_their_files(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", r"train\.jsonl:1: expected a JSON object on each line"),
-        ("[1]", "expected a JSON object on each line, found list"),
+        ("{", r"train\.jsonl:1: expected a JSON object"),
+        ("[1]", "expected a JSON object, found list"),
         ('{"question": "x"}', "expected a text under 'answer', found None"),
         ('{"question": "x", "answer": "5"}', "expected an answer that ends with #### and a number"),
     ],
@@ -163,10 +173,11 @@ def test_multiple_choice_is_read_from_its_files(tmp_path):
     arc = ARC(tmp_path)
     (question,) = arc.splits(0)["test"]
     assert question == ("Which?\n(A) this\n(B) that", "B")
-    assert arc.right(" (B).", "B")
-    assert arc.right(" B", "B")
+    for right in (" (B).", " B", " B because", " I think it is (B)", " A plant, so (B).", "5 m, (B)", "x. Answer: B"):
+        assert arc.right(right, "B"), right
+    for none in (" Both", " vitamin A", " 5 meters", " A plant makes food", ""):
+        assert not any(arc.right(none, label) for label in "AB5"), none
     assert not arc.right(" A, not B", "B")
-    assert not arc.right(" Both", "B")
     assert arc.right(arc.reference("B"), "B")
     line["answerKey"] = "C"
     (tmp_path / "ARC-Easy-Train.jsonl").write_text(json.dumps(line))
@@ -175,6 +186,31 @@ def test_multiple_choice_is_read_from_its_files(tmp_path):
     (tmp_path / "ARC-Easy-Train.jsonl").write_text("{}")
     with pytest.raises(ValueError, match="expected a question with choices and answerKey"):
         arc.splits(0)
+
+
+def test_competition_problems_are_read_from_their_files(tmp_path):
+    math = MATH(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"train: expected problems SUBJECT/NUMBER\.json from"):
+        math.splits(0)
+    for split in ("train", "test"):
+        for number in range(4):
+            path = tmp_path / split / "algebra" / f"{number}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            solution = f"So it is $\\boxed{{\\frac{{{number}}}{{8}}}}$."
+            path.write_text(json.dumps({"problem": f"What is {number}/8?", "level": "Level 1", "solution": solution}))
+    splits = math.splits(0)
+    assert [len(splits[split]) for split in ("train", "validation", "test")] == [2, 2, 4]
+    assert not set(splits["train"]) & set(splits["validation"])
+    question = splits["test"][2]
+    assert question.text == "What is 2/8?\nPut the answer in \\boxed{}."
+    assert math.right(math.reference(question.answer), question.answer)
+    for right in (r"It is \boxed{0.25}.", r"$\boxed{\dfrac14}$", r"\boxed{\frac{1}{4}}"):
+        assert math.right(right, question.answer), right
+    for wrong in (r"\boxed{4}", "It is 1/4.", r"\boxed{", r"\boxed{1/4} or \boxed{1/2}", ""):
+        assert not math.right(wrong, question.answer), wrong
+    (tmp_path / "test" / "algebra" / "0.json").write_text('{"problem": "x", "solution": "y"}')
+    with pytest.raises(ValueError, match=r"0\.json: expected a solution with an answer in \\boxed"):
+        math.splits(0)
 
 
 def test_words_are_read_whole():
