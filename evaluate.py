@@ -19,9 +19,8 @@ import torch
 from callbacks.results import Films, Results, RewardCurves
 from launch.errors import CommandLineError, run_reporting_errors
 from launch.files import write_json
-from launch.recipes import find_checkpoint, find_checkpoints, rebuild
+from launch.recipes import find_checkpoint, find_checkpoints, rebuild, study_of
 from launch.report import metrics_table
-from launch.runs import RUN_FILE
 from launch.study import quieten
 
 DEFAULTS = {
@@ -77,10 +76,8 @@ def main() -> None:
     datamodule.choose_tasks(given["protocol"], given["reward"])
     datamodule.episodes = given["episodes"]
     print(f"Evaluating {path} ({recipe['experiment']}, {module.updates} updates).", flush=True)
-    study = path.resolve().parents[3]  # STUDY/ARM/SEED/checkpoints/last.ckpt
-    others = (
-        [other for other in find_checkpoints(study) if other != path.resolve()] if (study / RUN_FILE).exists() else []
-    )
+    study = study_of(path)
+    others = [] if study is None else [other for other in find_checkpoints(study) if other != path.resolve()]
     if others:
         print(f"The study has {len(others)} more: name one to evaluate it, such as ckpt_path={others[0]}.", flush=True)
 

@@ -8,6 +8,7 @@ import lightning as L
 from hydra.utils import get_object, instantiate
 
 from launch.checkpoints import LAST, load_checkpoint
+from launch.runs import RUN_FILE
 
 # A checkpoint may come from anybody: nothing outside of the project is called on its word. A name alone proves little,
 # since Hydra would follow it through a module of the project into whatever that module imports.
@@ -51,11 +52,19 @@ def rebuild(path: Path, trust: tuple[str, ...] = ()) -> tuple[L.LightningModule,
     if recipe is None:
         raise ValueError(f"ckpt_path={path}: expected a checkpoint written by train.py, found one without a recipe.")
     check_targets(recipe, path, trust)
-    recipe = _moved(recipe, recipe.get("study"), str(path.resolve().parents[3]))
+    study = study_of(path)
+    if study is not None:
+        recipe = _moved(recipe, recipe.get("study"), str(study))
     module = instantiate(recipe["module"], **recipe["spec"])
     module.load_state_dict(checkpoint["state_dict"])
     module.on_load_checkpoint(checkpoint)
     return module, instantiate(recipe["datamodule"]), recipe
+
+
+def study_of(checkpoint: Path) -> Path | None:
+    """The folder of the study that a checkpoint lies in, STUDY/ARM/SEED/checkpoints/last.ckpt; None if in none."""
+    folder = next(iter(checkpoint.resolve().parents[3:4]), None)
+    return folder if folder is not None and (folder / RUN_FILE).exists() else None
 
 
 def _moved(node: Any, before: str | None, now: str) -> Any:

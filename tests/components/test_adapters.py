@@ -137,6 +137,23 @@ def test_gradients_add_up_over_passes_and_are_those_of_one_graph(kind):
         torch.testing.assert_close(one, another, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_trained_is_in_single_precision_whatever_the_model_is(kind):
+    """Half of it would lose most steps of training."""
+    model = tiny().bfloat16()
+    before = logits(model)
+    adapter = KINDS[kind](model)
+    assert {parameter.dtype for parameter in adapter.parameters.values()} == {torch.float32}
+    adapter.refresh()
+    out = logits(model)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, before, rtol=0.1, atol=0.1)
+    gradients = adapter.gradients(torch.autograd.grad(out.float().square().mean(), adapter.leaves()))
+    assert {gradient.dtype for gradient in gradients} == {torch.float32}
+    with adapter.base():
+        assert torch.equal(logits(model), before)
+
+
 def test_weights_are_composed_when_parameters_have_moved_and_only_then():
     adapter = SingularValueAdapter(tiny())
     adapter.refresh()
@@ -187,6 +204,7 @@ def test_low_rank_updates_have_low_rank_and_scales_of_singular_values_do_not():
         (lambda: SingularValueAdapter(tiny(), modules="x"), "Unknown modules='x'"),
         (lambda: SingularValueAdapter(tiny(), layers="x"), "Unknown layers='x'"),
         (lambda: SingularValueAdapter(tiny(), modules=["x"]), "expected linear layers of such names"),
+        (lambda: SingularValueAdapter(tiny(), rescale="none"), "rescale=none: expected parametrization=direct"),
         (lambda: LowRankAdapter(tiny(), kind="x"), "Unknown kind='x'"),
         (lambda: LowRankAdapter(tiny(), rank=0), "rank=0: expected at least 1"),
     ],

@@ -55,6 +55,12 @@ def test_mixtures(per_matrix):
         torch.testing.assert_close(both[name], expected)
 
 
+def test_without_any_weight_a_matrix_is_the_base_models():
+    found = mixed([expert(seed) for seed in range(2)], torch.tensor([[0.0, 0.5], [0.0, 0.25]]))
+    assert torch.equal(found["a.up"], torch.ones_like(found["a.up"]))
+    assert not torch.equal(found["b.up"], torch.ones_like(found["b.up"]))
+
+
 def test_each_matrix_can_have_weights_of_its_own():
     experts = [expert(seed) for seed in range(2)]
     found = mixed(experts, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))

@@ -1,4 +1,7 @@
+import itertools
+import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +15,7 @@ from components.language_models import (
     PretrainedFolder,
     categorical_kl,
     complete,
+    complete_surely,
     completion_log_probs,
     of_tokens,
     smollm2,
@@ -79,6 +83,53 @@ def test_padding_and_company_change_nothing(model):
             torch.testing.assert_close(scored[step], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+def test_how_sure_a_completion_is_comes_with_it(model, dtype, tolerance):
+    """With a cache of keys and values it is what scoring the completion in one pass gives."""
+    own = LlamaForCausalLM(model.config).to(dtype).eval()
+    own.load_state_dict(model.state_dict())
+    ids, mask = prompts(3, 6, 4)
+    settings = {"most_tokens": 5, "ends": [END]}
+    found = complete_surely(own, ids, mask, **settings)
+    tokens, kept = complete(own, ids, mask, **settings)
+    assert torch.equal(found.tokens, tokens)
+    assert torch.equal(found.mask, kept)
+    scored = of_tokens(completion_log_probs(own, ids, mask, tokens, kept), tokens)
+    expected = torch.where(kept, scored, 0.0).sum(1) / kept.sum(1)
+    torch.testing.assert_close(found.log_prob, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_any_of_several_tokens_ends_a_completion(model):
+    ids, mask = prompts(5, 5, 5, 5)
+    free, _ = complete(model, ids, mask, most_tokens=6, ends=[99])
+    ends = [int(free[0, 2]), int(free[1, 1])]
+    tokens, kept = complete(model, ids, mask, most_tokens=6, ends=ends)
+    for row, own, whole in zip(tokens, kept, free):
+        stop = next((place + 1 for place, token in enumerate(whole.tolist()) if token in ends), 6)
+        assert own.tolist() == [place < stop for place in range(len(own))]
+        assert torch.equal(row[own], whole[:stop])
+
+
+def test_how_a_folder_would_have_texts_made_changes_no_policy(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    settings = {"repetition_penalty": 5.0, "min_p": 0.3, "do_sample": True, "eos_token_id": 5, "max_new_tokens": 1}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    loaded = PretrainedFolder(tmp_path).model()
+    ids, mask = prompts(5, 5, 5)
+    expected = complete(model, ids, mask, most_tokens=6, ends=[END])
+    found = complete(loaded, ids, mask, most_tokens=6, ends=[END])
+    assert all(torch.equal(one, another) for one, another in zip(found, expected))
+
+
+def test_a_folder_names_further_ends(language_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(language_folder, folder)
+    assert PretrainedFolder(folder).ends() == [256]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 256]}))
+    assert PretrainedFolder(folder).ends() == [256, 7]
+
+
 def test_samples_have_the_models_probabilities(model):
     ids, mask = prompts(4)
     probabilities = (model(input_ids=ids).logits[0, -1] / 0.7).softmax(-1)
@@ -96,11 +147,19 @@ def test_divergence_of_two_distributions():
     expected = torch.tensor(0.25 * math.log(2), dtype=torch.float64)
     torch.testing.assert_close(categorical_kl(p.log(), q.log()), expected)
     assert categorical_kl(p.log(), p.log()) == 0
-    small = 1e-3 * torch.tensor([1.0, -2.0, 1.0])
-    moved = (p.log() + small).log_softmax(-1)
-    forth, back = categorical_kl(moved, p.log()), categorical_kl(p.log(), moved)
-    assert abs(forth / back - 1) < 2e-3
-    assert forth != back
+    differences = []
+    for size in (1e-1, 1e-2, 1e-3):
+        moved = (p.log() + size * torch.tensor([1.0, -2.0, 0.5])).log_softmax(-1)
+        forth, back = categorical_kl(moved, p.log()), categorical_kl(p.log(), moved)
+        assert forth > 0
+        assert back > 0
+        differences.append(float(abs(forth - back)))
+        assert abs(forth / back - 1) < 2 * size
+    for larger, smaller in itertools.pairwise(differences):  # third order in the step
+        assert 800 < larger / smaller < 1200
+    torch.manual_seed(0)
+    many = torch.randn(2, 100, 7).log_softmax(-1)
+    assert (categorical_kl(*many) > 0).all()
 
 
 def test_folders_that_hold_no_model_are_named(tmp_path, model):
@@ -117,6 +176,16 @@ def test_folders_that_hold_no_model_are_named(tmp_path, model):
     assert PretrainedFolder(tmp_path).checksum == folder.checksum
     with pytest.raises(ValueError, match="dtype=int8: expected float32, bfloat16 or auto"):
         folder.model("int8")
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="expected a language model that transformers can load"):
+        folder.model()
+    (tmp_path / "model.safetensors").write_bytes(whole)
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="expected a language model that transformers can load"):
+        folder.model()
+    (tmp_path / "config.json").write_text(config)
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes() + b" ")
     assert PretrainedFolder(tmp_path).checksum != folder.checksum
     (tmp_path / "model.safetensors").unlink()

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -54,5 +56,8 @@ def test_its_mean_is_the_gradient_of_the_expected_reward(baseline):
 
 
 def test_rewards_that_are_all_the_same_teach_nothing_beside_a_baseline():
-    for baseline in ("batch_mean", "leave_one_out"):
-        assert not shaped_rewards(torch.full((4,), -1.0), baseline=baseline).any()
+    for value, count, normalise in itertools.product((-1.0, -0.1), (4, 7, 256), (False, True)):
+        for baseline in ("batch_mean", "leave_one_out"):
+            rewards = torch.full((count,), value)
+            assert not shaped_rewards(rewards, baseline=baseline, normalise=normalise).any()
+        assert not shaped_rewards(torch.full((count,), value), normalise=True).any()

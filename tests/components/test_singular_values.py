@@ -113,6 +113,10 @@ def test_decompositions_are_kept_by_the_weights_they_are_of(tmp_path, monkeypatc
     again = decompose(weight.clone(), tmp_path)
     assert all(torch.equal(one, another) for one, another in zip(first, again))
     assert all(one.stride() == another.stride() for one, another in zip(first, again))
+    (kept,) = tmp_path.iterdir()
+    kept.write_bytes(kept.read_bytes()[:-10])
+    with pytest.raises(pytest.fail.Exception):  # made anew
+        decompose(weight, tmp_path)
     assert checksum(weight) != checksum(weight.T.contiguous())
     assert checksum(weight) != checksum(weight.double())
     with pytest.raises(pytest.fail.Exception):
@@ -124,6 +128,7 @@ def test_decompositions_are_kept_by_the_weights_they_are_of(tmp_path, monkeypatc
     [
         ({"rescale": "x"}, "Unknown rescale='x'"),
         ({"parametrization": "x"}, "Unknown parametrization='x'"),
+        ({"rescale": "none"}, "rescale=none: expected parametrization=direct"),
         ({"max_scale": 0.0}, "max_scale=0.0: expected more than 0"),
     ],
 )

@@ -60,6 +60,30 @@ def test_shots_and_tests_share_nothing(language_folder):
     assert data.spec == {"ends": [256], "families": 2, "categories": ["arithmetic", "list"]}
 
 
+def test_shots_are_others_with_another_seed_and_tests_are_not(language_folder):
+    one, again, other = (made(language_folder, seed=seed) for seed in (0, 0, 1))
+    assert one.drawn(0) == again.drawn(0)
+    assert set(one.drawn(0)[0]) != set(other.drawn(0)[0])
+    assert one.drawn(0)[1] == other.drawn(0)[1]
+
+
+def test_a_process_without_candidates_has_nothing_to_say(language_folder):
+    data = made(language_folder)
+    module = SimpleNamespace(updates=0, total_updates=1, rounds=1, attempt=lambda *_: [], device=torch.device("cpu"))
+    data.trainer = SimpleNamespace(lightning_module=module)
+    (batch,) = data.train_dataloader()
+    assert batch["right"].shape == (1, 0, 6)
+
+
+def test_examples_are_turns_where_the_tokenizer_has_a_template(language_folder):
+    data = made(language_folder, in_context=1, template=None)
+    task = next(iter(data.test_dataloader()))
+    shot, question = data.drawn(0)[0][0], task.questions[0]
+    assert task.prompts.decode(*task.prompts_of([0])) == [
+        f"[user]{shot.text}[assistant]The answer is {shot.answer}.[user]{question.text}[assistant]The answer is"
+    ]
+
+
 def test_examples_stand_before_the_question(language_folder):
     plain, with_examples = (next(iter(made(language_folder, in_context=n).test_dataloader())) for n in (0, 2))
     texts = [task.prompts.decode(*task.prompts_of([3]))[0] for task in (plain, with_examples)]
@@ -106,5 +130,9 @@ def test_settings_that_make_no_sense_are_named(language_folder):
         made(language_folder, in_context=7)
     with pytest.raises(ValueError, match="shots=0: expected at least 1"):
         made(language_folder, shots=0)
+    with pytest.raises(ValueError, match="shots=5000: expected at most the"):
+        made(language_folder, shots=5000).drawn(0)
+    with pytest.raises(ValueError, match=r"kinds\.lastnum=None: expected one of the categories arithmetic, list"):
+        made(language_folder, kinds={"add20": "arithmetic"})
     with pytest.raises(ValueError, match="reward=x: expected an experiment with an environment"):
         made(language_folder).choose_tasks(reward="x")

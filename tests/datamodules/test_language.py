@@ -64,6 +64,11 @@ def test_prompts_survive_the_tokenizer(folder):
     assert prompts.decode(tokens, kept) == [" a.", " bcd."]
     own = Prompts(folder, None)
     assert own.text("Why?", "Because") == "[user]Why?<end>[assistant]Because"
+    other = folder.tokenizer()
+    other.chat_template = None
+    silent = SimpleNamespace(tokenizer=lambda: other, ends=folder.ends, path="somewhere")
+    with pytest.raises(ValueError, match="template: expected one, for the tokenizer of somewhere has none"):
+        Prompts(silent, None)
     with pytest.raises(ValueError, match=r"template='x': expected \{question\} and \{prefix\} in it"):
         Prompts(folder, "x")
 
@@ -79,6 +84,16 @@ def test_answers_are_rewarded(folder):
     assert batch["right"][0].tolist() == expected
     torch.testing.assert_close(batch["reward"][0], torch.where(torch.tensor(expected), 1.0, -0.1))
     assert data.prompts.decode(batch["prompt"][0], batch["prompt_mask"][0]) == texts
+
+
+def test_prompts_are_completed_a_few_at_once(folder):
+    data, policy = made(folder, lambda text: f" {total(text)}.", generation_batch=4)
+    batch = next(iter(data.train_dataloader()))
+    assert [len(texts) for texts in policy.asked] == [4, 4, 2]
+    assert batch["right"].all()
+    whole, _ = made(folder, lambda text: f" {total(text)}.")
+    other = next(iter(whole.train_dataloader()))
+    assert all(torch.equal(batch[name], other[name]) for name in other.keys())  # noqa: SIM118
 
 
 def test_reference_answers_have_no_rewards(folder):

@@ -1,12 +1,15 @@
 """Experts of a language model: stop at any update, and go on exactly; two processes, and other programs."""
 
+import json
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from callbacks.run_log import read_rows
 from launch.checkpoints import load_checkpoint
+from launch.recipes import rebuild
 
 DDP = ("trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu")
 
@@ -138,7 +141,7 @@ def adaptation(language_folder, tmp_path_factory) -> tuple[str, ...]:
         "experiment=transformer_squared",
         *(
             f"~arms.{arm}"
-            for arm in ("expert_addm", "classifier_expert", "base", "in_context", "uniform", "classifier")
+            for arm in ("expert_addm", "classifier_expert", "base", "in_context", "uniform", "classifier", "shuffled")
         ),
         "~experts.arithmetic",
         "language_model=folder",
@@ -173,6 +176,10 @@ def test_a_killed_search_goes_on_bit_for_bit(assert_same_runs, program, adaptati
     finished = program("experiment=transformer_squared", f"ckpt_path={folder}")
     assert finished.code == 0, finished.err
     assert_same_runs(folder, whole.folder, ["cem", "best_expert"], holds=("chosen",))
+    elsewhere = folder.rename(tmp_path / "elsewhere")
+    checkpoint = elsewhere / "cem" / "seed_0" / "checkpoints" / "last.ckpt"
+    module, _, _ = rebuild(checkpoint)  # its experts have moved with it
+    assert torch.equal(module.chosen, load_checkpoint(checkpoint)["state_dict"]["chosen"])
 
 
 def test_two_processes_share_a_population(spawn, adaptation, tmp_path):
@@ -180,6 +187,22 @@ def test_two_processes_share_a_population(spawn, adaptation, tmp_path):
     both = spawn(*adaptation, "~arms.prompt", "~arms.best_expert", *DDP, f"output_root={tmp_path / 'two'}")
     out, err = both.communicate(timeout=200)
     assert both.returncode == 0, err
-    rows = read_rows(Path(out.strip().splitlines()[-1]) / "cem" / "seed_0" / "train.csv")[1]
+    study = Path(out.strip().splitlines()[-1])
+    rows = read_rows(study / "cem" / "seed_0" / "train.csv")[1]
     assert [int(row["updates"]) for row in rows] == list(range(1, 31))
     assert {"accuracy", "best_accuracy"} <= rows[0].keys()
+    # The same experts, the same candidates: one process, or two with half of the model's weights each.
+    searched = []
+    for trainer in ((), ("trainer=fsdp", *DDP[1:])):
+        kept = [each for each in adaptation if each not in ("~arms.expert_addm", "~arms.classifier_expert")]
+        again = ("experts=given", f"experts_folder={study}", *kept, "adapter.factorised=true", *trainer)
+        process = spawn(*again, f"output_root={tmp_path / 'again'}")
+        out, err = process.communicate(timeout=200)
+        assert process.returncode == 0, err
+        results = json.loads((Path(out.strip().splitlines()[-1]) / "results.json").read_text())["arms"]
+        assert list(results) == ["prompt", "best_expert", "cem"]
+        searched.append(read_rows(Path(out.strip().splitlines()[-1]) / "cem" / "seed_0" / "train.csv")[1])
+    for one, another in zip(*searched, strict=True):
+        assert [one[name] for name in ("accuracy", "best_accuracy")] == [
+            another[name] for name in ("accuracy", "best_accuracy")
+        ]

@@ -109,18 +109,25 @@ def test_what_lies_in_padding_changes_nothing(made):
     close(gradients(made(kl_coefficient=0.1), other), gradients(made(kl_coefficient=0.1), data))
 
 
+@pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.parametrize("direction", ["reference_to_policy", "policy_to_reference"])
-def test_divergence_from_the_base_model(made, direction):
-    module = made("full", kl_coefficient=1.0, kl_direction=direction)
+def test_divergence_from_the_base_model(made, kind, direction):
+    module = made(kind, kl_coefficient=1.0, kl_direction=direction)
     data = batch()
     zero = torch.zeros(6)
+    if kind == "svf":  # nor is it the base model at first
+        with torch.no_grad():
+            for parameter in module.language.adapter.parameters.values():
+                parameter.fill_(0.1)
+    module.language.refresh()
     with torch.no_grad():
         assert module.losses(data, zero)[1].abs() < 1e-5
         assert not module.losses(data, zero)[0]
-    assert all(each.abs().max() < 1e-5 for each in gradients(module, data.set("reward", zero)))
+    assert all(each.abs().max() < 1e-4 for each in gradients(module, data.set("reward", zero)))
     with torch.no_grad():
         for parameter in module.language.adapter.parameters.values():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+            parameter.add_((1.0 if kind == "svf" else 0.05) * torch.randn_like(parameter))
+        module.language.refresh()
         found = module.losses(data, zero)[1]
         sequences = [data[name] for name in ("prompt", "prompt_mask", "completion", "completion_mask")]
         adapted = completion_log_probs(module.language.model, *sequences).exp()
@@ -132,12 +139,43 @@ def test_divergence_from_the_base_model(made, direction):
     assert found > 0.01
 
 
+def test_reference_answers_are_learned_whatever_becomes_of_rewards(made):
+    data = batch(reward=torch.ones(6))
+    expected = gradients(made(), data)
+    reference = data.exclude("reward", "right")
+    close(gradients(made(baseline="leave_one_out", normalise_rewards=True, clip_rewards=0.1), reference), expected)
+
+
+def test_the_policy_that_is_sampled_is_the_one_that_is_scored(made):
+    """At another temperature than one."""
+    data = batch()
+    module = made(temperature=0.5)
+    sequences = [data[name] for name in ("prompt", "prompt_mask", "completion", "completion_mask")]
+    for scaling in module.language.adapter.scalings.values():
+        scaling.held = None
+    log_probs = (completion_log_probs(module.language.model, *sequences) / 0.5).log_softmax(-1)
+    picked = log_probs.gather(-1, data["completion"][..., None])[..., 0]
+    loss = -(data["reward"] * (picked * data["completion_mask"]).sum(1)).mean()
+    expected = torch.autograd.grad(loss, list(module.language.adapter.parameters.values()))
+    close(gradients(module, data), expected)
+    asked = []
+    module.language.complete = lambda *_, temperature, **__: asked.append(temperature)
+    module.complete(data["prompt"], data["prompt_mask"], most_tokens=3)
+    assert asked == [0.5]
+
+
 def test_a_clipped_step_does_not_depend_on_the_size_of_rewards(made):
-    modules = [made(), made()]
-    for module, scale in zip(modules, (1.0, 10.0)):
-        module.update(batch(reward=scale * torch.tensor([1.0, -1.0] * 3)))
-    for one, another in zip(*(module.language.adapter.parameters.values() for module in modules)):
-        torch.testing.assert_close(one, another, rtol=0, atol=1e-6)
+    """The first step of Adam would not anyway; the second does, unless gradients are clipped."""
+    moved = {}
+    for max_norm in (1e-3, None):
+        modules = [made(max_norm=max_norm), made(max_norm=max_norm)]
+        for module, scale in zip(modules, (1.0, 10.0)):
+            module.update(batch())
+            module.update(batch(reward=scale * torch.tensor([1.0, -1.0] * 3), seed=1))
+        pairs = zip(*(module.language.adapter.parameters.values() for module in modules))
+        moved[max_norm] = max(float((one - another).detach().abs().max()) for one, another in pairs)
+    assert moved[1e-3] < 1e-6
+    assert moved[None] > 1e-4
 
 
 def test_equal_rewards_beside_a_baseline_teach_nothing(made):
@@ -208,6 +246,13 @@ def test_an_expert_goes_on_where_it_was(made, tmp_path):
         assert not torch.equal(moved, p)
     with pytest.raises(ValueError, match="adapts 20 matrices, expected the 12 that"):
         made(adapter=SingularValueAdapter, expert=str(tmp_path / "expert.safetensors"))
+    for settings, named in (
+        ({"rescale": "none", "parametrization": "direct"}, "rescale=none and parametrization=direct"),
+        ({"parametrization": "direct"}, "rescale=nuclear and parametrization=direct"),
+    ):
+        adapter = partial(SingularValueAdapter, modules="both", **settings)
+        with pytest.raises(ValueError, match=f"sigmoid up to 1, expected adapter.{named}"):
+            made(adapter=adapter, expert=str(tmp_path / "expert.safetensors"))
     with pytest.raises(ValueError, match="adapter: expected svf"):
         made("lora", expert=str(tmp_path / "expert.safetensors"))
 
