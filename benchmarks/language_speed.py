@@ -29,25 +29,27 @@ ADAPTERS = {
 
 def report(name: str, arguments: argparse.Namespace) -> None:
     """Speed of one adapter; the base model's generation comes first, in the same process."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = PretrainedFolder(arguments.model)
     tokenizer = folder.tokenizer()
     module = ExpertTraining(
-        end=len(tokenizer),  # never drawn: all completions are as long
+        ends=[len(tokenizer)],  # never drawn: all completions are as long
         language_model=folder,
         adapter=partial(ADAPTERS[name], layers=arguments.layers),
         optimizer=partial(torch.optim.Adam, lr=0.0),
         dtype=arguments.dtype,
         updates=1,
-    )
+    ).to(device)
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(len(tokenizer), (arguments.batch, arguments.prompt), generator=generator)
+    prompt = torch.randint(len(tokenizer), (arguments.batch, arguments.prompt), generator=generator).to(device)
     mask = torch.ones_like(prompt)
     ask = partial(module.complete, prompt, mask, most_tokens=arguments.completion)
     with module.language.adapter.base():
-        base = timed(partial(module.language.complete, prompt, mask, end=module.end, most_tokens=arguments.completion))
+        plain = partial(module.language.complete, ends=module.ends, most_tokens=arguments.completion)
+        base = timed(partial(plain, prompt, mask))
     asking = timed(ask)
     tokens, kept = ask()
-    reward = torch.where(torch.arange(arguments.batch) % 2 == 0, 1.0, -1.0)
+    reward = torch.where(torch.arange(arguments.batch, device=device) % 2 == 0, 1.0, -1.0)
     batch = {"prompt": prompt, "prompt_mask": mask.bool(), "completion": tokens, "completion_mask": kept}
     data = TensorDict({**batch, "right": reward > 0, "reward": reward}, batch_size=[arguments.batch])
 
@@ -58,6 +60,8 @@ def report(name: str, arguments: argparse.Namespace) -> None:
     updating = timed(update)
     completed, passed = tokens.numel(), tokens.numel() + prompt.numel()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**30
     print(
         f"  {name:15s} {module.language.adapter.count():7d} numbers: completing {completed / asking:5.0f} tokens/s "
         f"({base / asking:.2f} times the base model), updating {passed / updating:6.0f} tokens/s, peak {peak:.1f} GB",
@@ -72,6 +76,8 @@ def timed(function: partial, seconds: float = 5.0) -> float:
     while len(times) < 2 or time.perf_counter() < until:
         began = time.perf_counter()
         function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
     return min(times)
 
@@ -93,7 +99,8 @@ def main() -> None:
         return
     if arguments.model == parser.get_default("model"):
         smollm2(arguments.model)
-    print(f"experts of a language model on {len(os.sched_getaffinity(0))} cores, {arguments.batch} prompts at once")
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{len(os.sched_getaffinity(0))} cores"
+    print(f"experts of a language model on {where}, {arguments.batch} prompts at once", flush=True)
     for name in ADAPTERS:
         subprocess.run(
             [sys.executable, "-m", "benchmarks.language_speed", *sys.argv[1:], "--adapter", name], check=True
