@@ -139,10 +139,8 @@ def adaptation(language_folder, tmp_path_factory) -> tuple[str, ...]:
     """Two experts of few updates, and a search for their mixtures."""
     return (
         "experiment=transformer_squared",
-        *(
-            f"~arms.{arm}"
-            for arm in ("expert_addm", "classifier_expert", "base", "in_context", "uniform", "classifier", "shuffled")
-        ),
+        *(f"~arms.{arm}" for arm in ("expert_addm", "classifier_expert", "base", "in_context", "uniform")),
+        *(f"~arms.{arm}" for arm in ("classifier", "shuffled", "cem_per_matrix", "random_shooting")),
         "~experts.arithmetic",
         "language_model=folder",
         f"language_model.path={language_folder}",
