@@ -31,7 +31,7 @@ def report(name: str, arguments: argparse.Namespace) -> None:
     """Speed of one adapter; the base model's generation comes first, in the same process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = PretrainedFolder(arguments.model)
-    tokenizer = folder.tokenizer()
+    tokenizer = folder.tokenizer
     module = ExpertTraining(
         ends=[len(tokenizer)],  # never drawn: all completions are as long
         language_model=folder,

@@ -52,6 +52,7 @@ class PretrainedFolder:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()[:16]
 
+    @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """It pads on the left, where completions begin right after their prompts.
 
@@ -71,9 +72,10 @@ class PretrainedFolder:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
+    @cached_property
     def ends(self) -> list[int]:
         """Ids of all tokens at which the model's texts end, the tokenizer's own first."""
-        ids = [self.tokenizer().eos_token_id]
+        ids = [self.tokenizer.eos_token_id]
         for name in ("generation_config.json", "config.json"):
             if (self.path / name).exists():
                 with self._loading():

@@ -39,10 +39,10 @@ class Prompts:
     def __init__(self, language_model: PretrainedFolder, template: str | None, turn_end: str = "") -> None:
         if template is not None and not all(field in template for field in ("{question}", "{prefix}")):
             raise ValueError(f"template={template!r}: expected {{question}} and {{prefix}} in it.")
-        self.tokenizer = language_model.tokenizer()
+        self.tokenizer = language_model.tokenizer
         self.template = template
         self.turn_end = turn_end
-        self.ends = language_model.ends()
+        self.ends = language_model.ends
         self.end = self.ends[0]
         if template is None:
             if self.tokenizer.chat_template is None:

@@ -56,7 +56,7 @@ class ExpertTraining(LearningMethod):
         kl_coefficient: weight of the divergence, summed over a completion's tokens, whatever the temperature.
         kl_direction: ``reference_to_policy``, KL(base || adapted), is the authors' code's, ``policy_to_reference`` the
             paper's.
-        micro_batch: sequences of similar lengths in one pass, and completed at once; None for all.
+        micro_batch: sequences of similar lengths in one pass; None for all.
         expert: file of an expert vector to begin with.
         shuffle: seed by which that expert's numbers are shuffled within each matrix, a control; None for not.
         settings: further arguments of `LearningMethod`.

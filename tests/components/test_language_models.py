@@ -125,9 +125,9 @@ def test_how_a_folder_would_have_texts_made_changes_no_policy(model, tmp_path):
 def test_a_folder_names_further_ends(language_folder, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(language_folder, folder)
-    assert PretrainedFolder(folder).ends() == [256]
+    assert PretrainedFolder(folder).ends == [256]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 256]}))
-    assert PretrainedFolder(folder).ends() == [256, 7]
+    assert PretrainedFolder(folder).ends == [256, 7]
 
 
 def test_samples_have_the_models_probabilities(model):
@@ -217,10 +217,10 @@ def test_the_packaged_model_answers(tmp_path):
     pytest.importorskip("gguf")
     folder = smollm2(tmp_path / "model")
     assert smollm2(tmp_path / "model").path == folder.path  # made once
-    tokenizer, model = folder.tokenizer(), folder.model()
+    tokenizer, model = folder.tokenizer, folder.model()
     question = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
     encoded = tokenizer([question], return_tensors="pt", add_special_tokens=False)
-    tokens, mask = complete(model, encoded["input_ids"], encoded["attention_mask"], most_tokens=12, ends=folder.ends())
+    tokens, mask = complete(model, encoded["input_ids"], encoded["attention_mask"], most_tokens=12, ends=folder.ends)
     assert tokenizer.decode(tokens[0][mask[0]]) == "The capital of France is Paris.<|im_end|>"
     assert sum(each.numel() for each in model.parameters()) == 134_515_008
     assert tokenizer.decode(encoded["input_ids"][0]) == question

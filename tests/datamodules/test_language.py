@@ -64,9 +64,9 @@ def test_prompts_survive_the_tokenizer(folder):
     assert prompts.decode(tokens, kept) == [" a.", " bcd."]
     own = Prompts(folder, None)
     assert own.text("Why?", "Because") == "[user]Why?<end>[assistant]Because"
-    other = folder.tokenizer()
+    other = folder.tokenizer
     other.chat_template = None
-    silent = SimpleNamespace(tokenizer=lambda: other, ends=folder.ends, path="somewhere")
+    silent = SimpleNamespace(tokenizer=other, ends=folder.ends, path="somewhere")
     with pytest.raises(ValueError, match="template: expected one, for the tokenizer of somewhere has none"):
         Prompts(silent, None)
     with pytest.raises(ValueError, match=r"template='x': expected \{question\} and \{prefix\} in it"):
