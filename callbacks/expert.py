@@ -45,6 +45,8 @@ class Completions(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        if batch.name == "validation":  # more of the same
+            return
         said = zip(batch.questions[: self.questions], batch.texts(outputs))
         self._said[batch.name] = [
             {

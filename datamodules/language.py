@@ -20,6 +20,7 @@ from datamodules.questions import Question, QuestionFamily
 from datamodules.sampling import EvaluationTasks, FixedTasks, Stacks
 
 COMPLETIONS = ("sampled", "reference")
+VALIDATION = "validation"  # the task's name in metrics
 
 
 class Prompts:
@@ -222,13 +223,20 @@ class LanguageDataModule(FixedTasks, L.LightningDataModule):
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
     def val_dataloader(self) -> EvaluationTasks:
+        return EvaluationTasks([self._validation()])
+
+    def _validation(self) -> "QuestionsTask":
         questions = self.split(self.family, "validation")[: self.validation_questions]
-        return EvaluationTasks([self.task("validation", self.family, questions)])
+        return self.task(VALIDATION, self.family, questions)
 
     def test_dataloader(self) -> EvaluationTasks:
+        """The tests, and once more the questions of validation, for what has no curve to be compared with curves."""
         counts = {self.family: self.test_questions, **dict.fromkeys(self.others.values(), self.other_questions)}
         return EvaluationTasks(
-            [self.task(own.name, own, self.split(own, "test")[:count]) for own, count in counts.items()]
+            [
+                *(self.task(own.name, own, self.split(own, "test")[:count]) for own, count in counts.items()),
+                self._validation(),
+            ]
         )
 
     def task(self, name: str, family: QuestionFamily, questions: Sequence[Question]) -> "QuestionsTask":

@@ -209,7 +209,8 @@ def _plot(
                 shared = sorted(set.intersection(*(set(instants) for instants, _ in lines)))
                 means = [sum(dict(zip(*line))[instant] for line in lines) / len(lines) for instant in shared]
                 axis.plot(shared, means, color=colour, marker=".", label=arm)
-        for index, (arm, metrics) in enumerate((a, m) for a, m in arms.items() if a not in trained and metric in m):
+        still = [(arm, metrics) for arm, metrics in arms.items() if arm not in by_arm and metric in metrics]
+        for index, (arm, metrics) in enumerate(still):
             axis.axhline(metrics[metric]["mean"], color="0.4", linestyle=("--", ":", "-.")[index % 3], label=arm)
         axis.set_title(metric.removesuffix("/return"), fontsize=9)
         if metric.endswith("/return"):

@@ -139,8 +139,8 @@ def test_evaluation_asks_what_was_not_learned_from(folder):
     data, policy = made(folder, lambda text: f" {total(text)}.", **settings)
     (validation,) = data.val_dataloader()
     tests = list(data.test_dataloader())
-    assert [task.name for task in tests] == ["addm", "lastnum"]
-    assert [len(task.questions) for task in (validation, *tests)] == [20, 30, 25]
+    assert [task.name for task in tests] == ["addm", "lastnum", "validation"]
+    assert [len(task.questions) for task in (validation, *tests)] == [20, 30, 25, 20]
     assert not set(data.split(data.family, "train")) & {*validation.questions, *tests[0].questions}
     result = [policy.complete(*batch, most_tokens=tests[0].most_tokens) for batch in tests[0].batches]
     metrics = tests[0].metrics(result)

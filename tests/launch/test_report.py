@@ -57,6 +57,18 @@ def test_curves_of_many_arms_are_means_against_what_is_asked_for(tmp_path, monke
     assert not (tmp_path / "learning_curves_2.png").exists()
 
 
+def test_an_arm_that_has_no_curve_is_a_line_beside_those_that_have(tmp_path, monkeypatch):
+    lines = {}
+    monkeypatch.setattr(Axes, "axhline", lambda self, y, label, **_: lines.update({(self.get_title(), label): y}))
+    runs = [Run(arm, 0, tmp_path / arm / "seed_0") for arm in ("learned", "base")]
+    for run, score in zip(runs, (80.0, 50.0)):
+        write_json(run.results, {"updates": 10, "seconds": 1.0, "metrics": {"accuracy": [score]}})
+    (runs[0].folder / "eval.csv").write_text("updates,env_steps,seconds,accuracy\n5,0,1,60\n10,0,1,80\n")
+    config = {"name": "x", "summary": "x", "notes": [], "curves_against": None, "training_curves": []}
+    write_report(OmegaConf.create(config), ["experiment=name"], runs, tmp_path)
+    assert list(lines.items()) == [(("", "base"), 50.0)]
+
+
 def test_what_is_drawn_against_something_else_gets_a_picture_of_its_own(tmp_path, monkeypatch):
     drawn = {}
     plot = Axes.plot
