@@ -11,12 +11,17 @@ from launch.report import COMPLETIONS
 
 
 class ExpertExport(L.Callback):
-    """Writes the expert vector of the best validation to a file when training ends, for others to use."""
+    """Writes the expert vector of the best validation to a file when training ends, for others to use.
+
+    Nothing is written of what was not trained, or has no expert vector.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not module.total_updates or not module.language.has_expert:
+            return
         module.restore_best()
         if trainer.is_global_zero:
             module.language.expert(trainer.datamodule.family.name).save(self.path)

@@ -76,9 +76,14 @@ class AdaptedModel(nn.Module):
     # -- experts ------------------------------------------------------------------------------------------------------
 
     @property
+    def has_expert(self) -> bool:
+        """Whether what is trained makes an expert vector."""
+        return isinstance(self.adapter, SingularValueAdapter)
+
+    @property
     def singular_values(self) -> SingularValueAdapter:
         """The adapter, if it is the one that experts are of."""
-        if not isinstance(self.adapter, SingularValueAdapter):
+        if not self.has_expert:
             raise ValueError("adapter: expected svf, the only one that has expert vectors.")
         return self.adapter
 

@@ -70,8 +70,13 @@ class CrossEntropyMethod(nn.Module):
         return self.points.clone()
 
     def tell(self, scores: Tensor, tiebreak: Tensor | None = None) -> None:
-        """What the points were found to be worth, [P]; among equals of the best, `tiebreak` [P] decides."""
-        scores = scores.to(self.points)
+        """What the points were found to be worth, [P]; among equals of the best, `tiebreak` [P] decides.
+
+        A score that is no number is the worst.
+        """
+        if len(scores) != len(self.points):
+            raise ValueError(f"scores: expected one for each of {len(self.points)} points, found {len(scores)}.")
+        scores = scores.to(self.points).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         order = scores.argsort(descending=True, stable=True)
         elites = self.points[order[: self.elites]]
         self.best.copy_(self.points[first_of(scores, torch.zeros_like(scores) if tiebreak is None else tiebreak)])

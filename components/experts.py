@@ -47,8 +47,11 @@ class Expert:
         temporary.replace(path)
 
     @staticmethod
-    def load(path: str | Path, base: str) -> "Expert":
+    def load(path: str | Path, base: str | None = None) -> "Expert":
         """What `save` wrote.
+
+        Args:
+            base: checksum of the model that it has to be of; None for any.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -66,7 +69,7 @@ class Expert:
         if FORMAT not in metadata:
             raise ValueError(f"{path}: expected the file of an expert vector, found another kind of file.")
         found = json.loads(metadata[FORMAT])
-        if found["base"] != base:
+        if base is not None and found["base"] != base:
             raise ValueError(f"{path}: expected an expert of the model {base}, found one of the model {found['base']}.")
         return Expert(scales, **found)
 
@@ -96,6 +99,9 @@ def mixed(experts: Sequence[Expert], weights: Tensor, space: str = "z") -> dict[
     """
     if space not in ("z", "raw"):
         raise ValueError(f"Unknown mix_space={space!r}: expected z or raw.")
+    shapes = [[len(experts)], [len(experts), len(experts[0].scales)]] if experts else []
+    if list(weights.shape) not in shapes:
+        raise ValueError(f"weights: expected the shape {' or '.join(map(str, shapes))}, found {list(weights.shape)}.")
     vectors: list[Mapping[str, Tensor]] = [each.scales if space == "z" else each.raw() for each in experts]
     names = list(vectors[0])
     for expert, vector in zip(experts, vectors):

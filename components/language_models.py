@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -98,12 +97,18 @@ class PretrainedFolder:
             dtype = "bfloat16" if _computes_bfloat16() else "float32"
         transformers = _transformers()
         with self._loading():
-            model = transformers.AutoModelForCausalLM.from_pretrained(
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(
                 self.path,
                 dtype=getattr(torch, dtype),
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
+                output_loading_info=True,
+            )
+        if found["missing_keys"]:  # they would be random
+            raise ValueError(
+                f"{self.path}: expected weights for all that config.json describes, found none for "
+                f"{sorted(found['missing_keys'])[0]}."
             )
         model.generation_config = transformers.GenerationConfig()
         return model.eval()
@@ -113,7 +118,7 @@ class PretrainedFolder:
         """Let what is wrong with the folder be one sentence."""
         try:
             yield
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        except Exception as error:  # it depends on what is wrong
             cause = next(iter(str(error).splitlines()), type(error).__name__)
             raise ValueError(f"{self.path}: expected a language model that transformers can load ({cause}).") from error
 

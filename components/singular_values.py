@@ -44,6 +44,8 @@ def decompose(weight: Tensor, cache: str | Path | None = None) -> SVD:
         weight: in any precision.
         cache: folder of decompositions by the checksums of their weights; None for none.
     """
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected a matrix, found the shape {list(weight.shape)}.")
     path = None if cache is None else Path(cache) / f"{checksum(weight)[:32]}.safetensors"
     if path is not None and path.exists():
         with contextlib.suppress(SafetensorError, KeyError):  # one that is damaged is made anew
@@ -67,8 +69,9 @@ class SingularValueScaling(nn.Module):
     """A parametrisation of a weight W = U diag(s) V' by a vector p [r]: c U diag(s z) V'.
 
     z = max_scale * sigmoid(p), or p itself. c keeps the sum of singular values, so that only the profile of z matters
-    and any constant z gives W; or it is 1. p, z and the singular values are in single precision whatever the weight's
-    is: in half precision most steps of training would vanish. U and V may have another.
+    and any constant z gives W (a single singular value has nothing to learn then); or it is 1. p, z and the singular
+    values are in single precision whatever the weight's is: in half precision most steps of training would vanish. U
+    and V may have another.
 
     Register it with `parametrize.register_parametrization(linear, "weight", scaling)`: the linear layer's parameter is
     then p, `linear.parametrizations.weight.original0`. This is an ordinary function of p, unless `held` is set to a
@@ -105,6 +108,9 @@ class SingularValueScaling(nn.Module):
             raise ValueError(f"Unknown rescale={rescale!r}: expected one of {', '.join(RESCALES)}.")
         if parametrization not in PARAMETRIZATIONS:
             raise ValueError(f"Unknown parametrization={parametrization!r}: expected one of {PARAMETRIZATIONS}.")
+        rows, columns = weight.shape
+        if (svd.u.shape[0], svd.vh.shape[1]) != (rows, columns):
+            raise ValueError(f"svd: expected one of a weight [{rows}, {columns}], found one of another shape.")
         if max_scale <= 0:
             raise ValueError(f"max_scale={max_scale}: expected more than 0.")
         sigmoid = parametrization == "sigmoid"

@@ -69,7 +69,7 @@ class ExpertAdaptation(LearningMethod):
         settings: further arguments of `LearningMethod`.
     """
 
-    progress_bar_metrics = ("accuracy", "best_accuracy")
+    progress_bar_metrics = ("population_accuracy", "best_accuracy")
 
     def __init__(
         self,
@@ -177,7 +177,7 @@ class ExpertAdaptation(LearningMethod):
         else:
             self.searches[family].tell(scores, ties)
             self.chosen[family] = self.searches[family].best
-        return TensorDict({"accuracy": 100 * scores.mean(), "best_accuracy": 100 * scores.max()})
+        return TensorDict({"population_accuracy": 100 * scores.mean(), "best_accuracy": 100 * scores.max()})
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 

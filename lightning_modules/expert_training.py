@@ -94,6 +94,9 @@ class ExpertTraining(LearningMethod):
             raise ValueError(f"Unknown kl_direction={kl_direction!r}: expected one of {', '.join(DIRECTIONS)}.")
         if temperature < 0:
             raise ValueError(f"temperature={temperature}: expected 0 or more.")
+        for name, value in (("max_norm", max_norm), ("clip_rewards", clip_rewards)):
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}={value}: expected more than 0, or null.")
         if kl_coefficient < 0:
             raise ValueError(f"kl_coefficient={kl_coefficient}: expected 0 or more.")
         if adapter is None and self.total_updates:

@@ -54,6 +54,16 @@ def test_ties_are_broken_by_what_is_given_for_that():
     assert torch.equal(search.best, search.points[0])
 
 
+def test_what_is_no_number_is_the_worst_score():
+    search = CrossEntropyMethod(2, population=10, elite_share=0.3, start=0.5)
+    points = search.ask(torch.Generator().manual_seed(0))
+    search.tell(torch.tensor([torch.nan, 1.0, 2.0, 3.0, *[torch.nan] * 6]))
+    assert torch.equal(search.best, points[3])
+    torch.testing.assert_close(search.mean, points[1:4].mean(0))
+    with pytest.raises(ValueError, match="scores: expected one for each of 10 points, found 5"):
+        search.tell(torch.zeros(5))
+
+
 def test_a_search_goes_on_from_its_state():
     first, second = (CrossEntropyMethod(2, start=0.5) for _ in range(2))
     first.ask(torch.Generator().manual_seed(0))

@@ -25,6 +25,7 @@ def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected the file of an expert vector, found none"):
         Expert.load(path, "base")
     expert().save(path)
+    assert Expert.load(path).base == "base"
     with pytest.raises(ValueError, match="expected an expert of the model other, found one of the model base"):
         Expert.load(path, "other")
     path.write_bytes(path.read_bytes()[:100])
@@ -59,6 +60,13 @@ def test_without_any_weight_a_matrix_is_the_base_models():
     found = mixed([expert(seed) for seed in range(2)], torch.tensor([[0.0, 0.5], [0.0, 0.25]]))
     assert torch.equal(found["a.up"], torch.ones_like(found["a.up"]))
     assert not torch.equal(found["b.up"], torch.ones_like(found["b.up"]))
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (2, 3), (0,)])
+def test_weights_of_another_shape_are_named(shape):
+    experts = [expert(seed) for seed in range(2)]
+    with pytest.raises(ValueError, match=r"weights: expected the shape \[2\] or \[2, 2\], found"):
+        mixed(experts, torch.rand(shape))
 
 
 def test_each_matrix_can_have_weights_of_its_own():

@@ -182,6 +182,17 @@ def test_folders_that_hold_no_model_are_named(tmp_path, model):
         folder.model()
     (tmp_path / "model.safetensors").write_bytes(whole)
     config = (tmp_path / "config.json").read_text()
+    for settings, message in (
+        (
+            {"num_hidden_layers": 3},
+            r"expected weights for all that config.json describes, found none for model\.layers\.2",
+        ),
+        ({"hidden_size": 18}, "expected a language model that transformers can load"),
+        ({"hidden_size": "x"}, "expected a language model that transformers can load"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**json.loads(config), **settings}))
+        with pytest.raises(ValueError, match=message):
+            folder.model()
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="expected a language model that transformers can load"):
         folder.model()

@@ -94,6 +94,13 @@ def test_factors_one_after_the_other_are_the_composed_weight(bias):
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
 
 
+def test_what_does_not_fit_is_named():
+    with pytest.raises(ValueError, match=r"weight: expected a matrix, found the shape \[3\]"):
+        decompose(torch.randn(3))
+    with pytest.raises(ValueError, match=r"svd: expected one of a weight \[32, 8\]"):
+        SingularValueScaling(torch.randn(32, 8), decompose(torch.randn(3, 4)))
+
+
 def test_half_precision_weights_have_parameters_of_single_precision():
     weight = torch.randn(8, 6).bfloat16()
     scaling = SingularValueScaling(weight, decompose(weight))

@@ -188,7 +188,7 @@ def test_two_processes_share_a_population(spawn, adaptation, tmp_path):
     study = Path(out.strip().splitlines()[-1])
     rows = read_rows(study / "cem" / "seed_0" / "train.csv")[1]
     assert [int(row["updates"]) for row in rows] == list(range(1, 31))
-    assert {"accuracy", "best_accuracy"} <= rows[0].keys()
+    assert {"population_accuracy", "best_accuracy"} <= rows[0].keys()
     # The same experts, the same candidates: one process, or two with half of the model's weights each.
     searched = []
     for trainer in ((), ("trainer=fsdp", *DDP[1:])):
@@ -201,6 +201,6 @@ def test_two_processes_share_a_population(spawn, adaptation, tmp_path):
         assert list(results) == ["prompt", "best_expert", "cem"]
         searched.append(read_rows(Path(out.strip().splitlines()[-1]) / "cem" / "seed_0" / "train.csv")[1])
     for one, another in zip(*searched, strict=True):
-        assert [one[name] for name in ("accuracy", "best_accuracy")] == [
-            another[name] for name in ("accuracy", "best_accuracy")
+        assert [one[name] for name in ("population_accuracy", "best_accuracy")] == [
+            another[name] for name in ("population_accuracy", "best_accuracy")
         ]

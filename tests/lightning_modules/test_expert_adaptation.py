@@ -136,7 +136,7 @@ def test_the_best_expert_is_that_of_most_right_answers_and_then_the_surest(made)
         assert attempt.log_prob.shape == (3,)
         assert (attempt.log_prob < 0).all()
     metrics = judged(module, [[True, False], [True, True]], [[0.0, 0.0], [-9.0, -9.0]])
-    assert (metrics["accuracy"], metrics["best_accuracy"]) == (75, 100)
+    assert (metrics["population_accuracy"], metrics["best_accuracy"]) == (75, 100)
     judged(module, [[True, False], [False, True]], [[-1.0, 0.0], [-9.0, -2.0]])
     assert module.chosen.tolist() == [[0.0, 1.0], [1.0, 0.0]]
     assert answered(module) == completions(module, module.experts[0].scales)

@@ -265,6 +265,8 @@ def test_an_expert_goes_on_where_it_was(made, tmp_path):
         ({"kl_direction": "x"}, "Unknown kl_direction='x'"),
         ({"temperature": -1.0}, "temperature=-1.0: expected 0 or more"),
         ({"kl_coefficient": -1.0}, "kl_coefficient=-1.0: expected 0 or more"),
+        ({"max_norm": 0.0}, "max_norm=0.0: expected more than 0, or null"),
+        ({"clip_rewards": -1.0}, "clip_rewards=-1.0: expected more than 0, or null"),
         ({"micro_batch": 0}, "micro_batch=0: expected at least 1"),
     ],
 )
