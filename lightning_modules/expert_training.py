@@ -57,6 +57,8 @@ class ExpertTraining(LearningMethod):
         kl_direction: ``reference_to_policy``, KL(base || adapted), is the authors' code's, ``policy_to_reference`` the
             paper's.
         micro_batch: sequences of similar lengths in one pass; None for all.
+        keep_last: of equals in validation keep the last, which has learned longer, instead of the first, as the authors'
+            code does.
         expert: file of an expert vector to begin with.
         shuffle: seed by which that expert's numbers are shuffled within each matrix, a control; None for not.
         settings: further arguments of `LearningMethod`.
@@ -82,6 +84,7 @@ class ExpertTraining(LearningMethod):
         kl_coefficient: float = 0.0,
         kl_direction: str = "reference_to_policy",
         micro_batch: int | None = None,
+        keep_last: bool = False,
         expert: str | None = None,
         shuffle: int | None = None,
         **settings: Any,
@@ -112,6 +115,7 @@ class ExpertTraining(LearningMethod):
         self.kl_coefficient = kl_coefficient
         self.kl_direction = kl_direction
         self.micro_batch = micro_batch
+        self.keep_last = keep_last
         self.language = AdaptedModel(language_model, adapter, dtype)
         if expert is not None:
             loaded = Expert.load(expert, self.language.base_checksum)
@@ -219,7 +223,8 @@ class ExpertTraining(LearningMethod):
         values = self.scores["validation/accuracy"]
         score = torch.tensor(sum(values) / len(values), device=self.device)
         broadcast_(score)  # or rounding might let processes keep different parameters
-        if self.optimizer is not None and score > self.best_validation:
+        equal = self.keep_last and score == self.best_validation
+        if self.optimizer is not None and (score > self.best_validation or equal):
             self.best_validation.copy_(score)
             for best, parameter in self._best():
                 best.copy_(parameter.detach())

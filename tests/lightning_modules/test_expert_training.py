@@ -200,8 +200,9 @@ def test_it_learns_what_is_rewarded(made, kind, lr):
     assert sum(shares[-5:]) / 5 > 0.9, shares
 
 
-def test_the_best_of_validation_is_kept(made):
-    module = made()
+@pytest.mark.parametrize("keep_last", [False, True])
+def test_the_best_of_validation_is_kept(made, keep_last):
+    module = made(keep_last=keep_last)
     parameters = list(module.language.adapter.parameters.values())
     kept = []
     for score in (30.0, 50.0, 50.0, 40.0):
@@ -214,7 +215,7 @@ def test_the_best_of_validation_is_kept(made):
         kept.append([parameter.detach().clone() for parameter in parameters])
     assert module.best_validation == 50
     module.restore_best()
-    assert all(torch.equal(one, another) for one, another in zip(parameters, kept[1]))
+    assert all(torch.equal(one, another) for one, another in zip(parameters, kept[2 if keep_last else 1]))
 
 
 def test_state_is_what_is_trained_and_nothing_of_the_model(made):
