@@ -57,8 +57,8 @@ class ExpertTraining(LearningMethod):
         kl_direction: ``reference_to_policy``, KL(base || adapted), is the authors' code's, ``policy_to_reference`` the
             paper's.
         micro_batch: sequences of similar lengths in one pass; None for all.
-        keep_last: of equals in validation keep the last, which has learned longer, instead of the first, as the authors'
-            code does.
+        keep_last: of equals in validation keep the last, which has learned longer, instead of the first, which the
+            authors' code does.
         expert: file of an expert vector to begin with.
         shuffle: seed by which that expert's numbers are shuffled within each matrix, a control; None for not.
         settings: further arguments of `LearningMethod`.
