@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from components.bits_back import BitsBackCoder
-from components.code_models import CategoricalVAE
-from components.vqvae import HierarchicalVQVAE
+from components.coding.bits_back import BitsBackCoder
+from components.coding.code_models import CategoricalVAE
+from components.coding.vqvae import HierarchicalVQVAE
 
 SIZES = {
     "Fashion-MNIST": ((1, 28, 28), {"codes": 64, "dim": 16, "width": 32, "blocks": 1, "block_width": 16}, 48),

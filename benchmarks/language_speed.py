@@ -16,8 +16,8 @@ from functools import partial
 import torch
 from tensordict import TensorDict
 
-from components.adapters import LowRankAdapter, SingularValueAdapter
-from components.language_models import PretrainedFolder, smollm2
+from components.language.adapters import LowRankAdapter, SingularValueAdapter
+from components.language.models import PretrainedFolder, smollm2
 from lightning_modules.expert_training import ExpertTraining
 
 ADAPTERS = {

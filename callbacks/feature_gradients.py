@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from components.checks import check_counts
-from components.signal_mixing import discontinuity_score
+from components.networks.signal_mixing import discontinuity_score
 
 
 class FeatureGradients(L.Callback):

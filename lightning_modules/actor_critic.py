@@ -16,13 +16,13 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
-from components.actors import Actor, ActorPolicy, EntropyTemperature
 from components.checks import check_counts
-from components.critics import Critics, critic_loss
-from components.diagnostics import correlation, effective_rank, jacobian_norm
-from components.ema import polyak_update
-from components.encoders import Encoder, FlatObservations, evaluating
-from components.pessimism import Pessimism
+from components.control.actors import Actor, ActorPolicy, EntropyTemperature
+from components.control.critics import Critics, critic_loss
+from components.control.pessimism import Pessimism
+from components.networks.diagnostics import correlation, effective_rank, jacobian_norm
+from components.networks.ema import polyak_update
+from components.networks.encoders import Encoder, FlatObservations, evaluating
 from lightning_modules.base import LearningMethod
 
 

@@ -13,8 +13,8 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from components.class_incremental import align_weights
-from components.contrastive import supervised_contrastive_loss
+from components.coding.class_incremental import align_weights
+from components.coding.contrastive import supervised_contrastive_loss
 from components.distributed import average_, broadcast_, rank
 from lightning_modules.base import LearningMethod
 

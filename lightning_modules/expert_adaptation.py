@@ -15,12 +15,12 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from components.adapted_model import AdaptedModel
-from components.adapters import Adapter
-from components.cross_entropy_method import CrossEntropyMethod, first_of
 from components.distributed import broadcast_, rank, sum_, world_size
-from components.experts import Expert, mixed
-from components.language_models import Completions, PretrainedFolder
+from components.evolution.cross_entropy_method import CrossEntropyMethod, first_of
+from components.language.adapted_model import AdaptedModel
+from components.language.adapters import Adapter
+from components.language.experts import Expert, mixed
+from components.language.models import Completions, PretrainedFolder
 from lightning_modules.base import LearningMethod
 
 STRATEGIES = ("base", "uniform", "dispatch", "best", "search")
@@ -62,7 +62,7 @@ class ExpertAdaptation(LearningMethod):
         strategy: see above.
         search: makes the search of so many numbers, called with `size` and `start`.
         per_matrix: search a weight for each matrix.
-        mix_space: see `components.experts.mixed`.
+        mix_space: see `components.language.experts.mixed`.
         shuffle: seed by which the experts' numbers are shuffled within each matrix, a control; None for not.
         dtype: of the frozen weights.
         updates: of the whole run: one for each family with ``best``, as many for each with ``search``, 0 else.

@@ -13,19 +13,19 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from components.adapted_model import AdaptedModel
-from components.adapters import Adapter
 from components.checks import check_counts
 from components.distributed import broadcast_
-from components.experts import Expert
-from components.language_models import (
+from components.language.adapted_model import AdaptedModel
+from components.language.adapters import Adapter
+from components.language.experts import Expert
+from components.language.models import (
     PretrainedFolder,
     categorical_kl,
     completion_log_probs,
     is_one_of,
     of_tokens,
 )
-from components.reinforce import BASELINES, policy_loss, shaped_rewards
+from components.language.reinforce import BASELINES, policy_loss, shaped_rewards
 from lightning_modules.base import LearningMethod
 
 DIRECTIONS = ("reference_to_policy", "policy_to_reference")

@@ -14,11 +14,9 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
-from components.actor_objectives import Objective
 from components.checks import check_counts, vector_size
-from components.distributed import gather_rows, rank
-from components.ema import polyak_update
-from components.forward_backward import (
+from components.control.actor_objectives import Objective
+from components.control.forward_backward import (
     BackwardMap,
     ForwardMap,
     MixedLatentSampler,
@@ -27,8 +25,10 @@ from components.forward_backward import (
     implicit_reward,
     orthonormality_loss,
 )
-from components.pessimism import pessimistic_mean
-from components.policies import ClippedGaussianPolicy, best_of
+from components.control.pessimism import pessimistic_mean
+from components.control.policies import ClippedGaussianPolicy, best_of
+from components.distributed import gather_rows, rank
+from components.networks.ema import polyak_update
 from lightning_modules.base import LearningMethod
 
 ORTHONORMALITY_SCALE = {"half": 1.0, "full": 2.0}
@@ -44,7 +44,7 @@ class ForwardBackward(LearningMethod):
         observation_shape, action_dim: sizes [O] and A.
         features: d, the size of z.
         forward_map, backward_map, actor: network factories, called with the sizes.
-        actor_objective: the loss of the policy, see `components.actor_objectives`.
+        actor_objective: the loss of the policy, see `components.control.actor_objectives`.
         discount: of the successor measure.
         learning_rate, backward_learning_rate, actor_learning_rate: Adam's.
         target_rate: Polyak rate of the targets of F and B.

@@ -13,9 +13,9 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from components.checks import check_counts
-from components.code_models import place_frequencies
-from components.image_codec import ImageCodec
-from components.vector_quantizer import perplexity
+from components.coding.code_models import place_frequencies
+from components.coding.image_codec import ImageCodec
+from components.coding.vector_quantizer import perplexity
 from lightning_modules.base import LearningMethod
 
 

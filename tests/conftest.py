@@ -12,8 +12,8 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from components.actor_objectives import AdvantageWeighted
-from components.forward_backward import BackwardMap, ForwardMap, ZConditionedActor
+from components.control.actor_objectives import AdvantageWeighted
+from components.control.forward_backward import BackwardMap, ForwardMap, ZConditionedActor
 from lightning_modules.forward_backward import ForwardBackward
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,8 +15,8 @@ from tensordict import TensorDict
 
 import train  # noqa: F401 - registers the resolvers that configurations use
 from callbacks.expert import ExpertExport
-from components.actor_objectives import AdvantageWeighted, DeterministicPolicyGradient
-from datamodules.images import LabelledImages
+from components.control.actor_objectives import AdvantageWeighted, DeterministicPolicyGradient
+from datamodules.images.readers import LabelledImages
 from launch.distributed import ExplicitFSDP
 from launch.recipes import check_targets
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from datamodules.environments.measured import MeasuredEnv
 from datamodules.evaluation import EvaluationTask
 from datamodules.pixels import RenderingUnavailable
-from datamodules.readers import d4rl_normalized_score
+from datamodules.stored.readers import d4rl_normalized_score
 
 # Version 4 keeps the rewards and models that D4RL's files were recorded with, on today's MuJoCo. Version 5 pays the
 # bonus for health differently and gives the walker's right foot more friction.

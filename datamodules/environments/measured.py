@@ -13,7 +13,7 @@ from torch import Tensor
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
-from components.rewards import RewardExpression
+from components.control.rewards import RewardExpression
 
 
 class MeasuredEnv(EnvBase):

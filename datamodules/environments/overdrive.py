@@ -18,7 +18,7 @@ from torch import Tensor
 
 from datamodules.environments.measured import MeasuredEnv
 from datamodules.evaluation import EvaluationTask
-from datamodules.transitions import TransitionDataset
+from datamodules.stored.transitions import TransitionDataset
 
 EPISODE_LENGTH = 50
 TURN_OVER = 0.5

@@ -1,4 +1,4 @@
-"""Tasks as reward expressions over a domain's measurements (see `components.rewards.RewardExpression`).
+"""Tasks as reward expressions over a domain's measurements (see `components.control.rewards.RewardExpression`).
 
 A task is nothing but its text: a new one needs no code, `BatchedMujocoEnv` takes any expression in place of a name.
 """

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from benchmarks.single_file import GPL, SAC, ModernCritics, SimpleCritics, make_training
-from components.actors import EntropyTemperature, GaussianActor
-from components.ensemble import EnsembleMLP, EnsembleResidualMLP
-from components.pessimism import DualPessimism, MinimumPessimism
+from components.control.actors import EntropyTemperature, GaussianActor
+from components.control.pessimism import DualPessimism, MinimumPessimism
+from components.networks.ensemble import EnsembleMLP, EnsembleResidualMLP
 from lightning_modules.actor_critic import ActorCritic
 
 WIDTH = 8

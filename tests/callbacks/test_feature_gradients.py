@@ -6,11 +6,11 @@ import torch
 from tensordict import TensorDict
 
 from callbacks.feature_gradients import FeatureGradients
-from components.actors import DeterministicActor
-from components.encoders import PixelEncoder
-from components.ensemble import EnsembleMLP
-from components.pessimism import MinimumPessimism
-from components.signal_mixing import discontinuity_score
+from components.control.actors import DeterministicActor
+from components.control.pessimism import MinimumPessimism
+from components.networks.encoders import PixelEncoder
+from components.networks.ensemble import EnsembleMLP
+from components.networks.signal_mixing import discontinuity_score
 from lightning_modules.actor_critic import ActorCritic
 
 NETWORK = partial(EnsembleMLP, hidden_dim=8)

@@ -5,8 +5,8 @@ import pytest
 import torch
 from tensordict.nn import TensorDictModule
 
-from components.actors import Actor, ActorPolicy
-from components.encoders import FlatObservations
+from components.control.actors import Actor, ActorPolicy
+from components.networks.encoders import FlatObservations
 from datamodules.environments.overdrive import OverdriveEnv
 from datamodules.environments.zero_value import ZeroValueEnv
 from datamodules.online import OnlineDataModule

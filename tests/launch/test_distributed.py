@@ -18,20 +18,20 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from callbacks.run_log import read_rows
-from components.actor_objectives import AdvantageWeighted, DeterministicPolicyGradient
-from components.actors import DeterministicActor, EntropyTemperature, GaussianActor
-from components.adapters import SingularValueAdapter
-from components.classifiers import SmallConvNet
-from components.code_models import CategoricalVAE
+from components.coding.code_models import CategoricalVAE
+from components.coding.image_codec import ImageCodec
+from components.coding.vqvae import VQVAE
+from components.control.actor_objectives import AdvantageWeighted, DeterministicPolicyGradient
+from components.control.actors import DeterministicActor, EntropyTemperature, GaussianActor
+from components.control.forward_backward import BackwardMap, ForwardMap, ZConditionedActor, sample_sphere
+from components.control.pessimism import DualPessimism, MinimumPessimism
+from components.control.policies import ClippedGaussianPolicy, TanhGaussianPolicy
 from components.distributed import rank, world_size
-from components.encoders import FeatureTrunk, PixelEncoder
-from components.ensemble import EnsembleMLP, EnsembleResidualMLP
-from components.forward_backward import BackwardMap, ForwardMap, ZConditionedActor, sample_sphere
-from components.image_codec import ImageCodec
-from components.pessimism import DualPessimism, MinimumPessimism
-from components.policies import ClippedGaussianPolicy, TanhGaussianPolicy
-from components.signal_mixing import SignalMixing
-from components.vqvae import VQVAE
+from components.language.adapters import SingularValueAdapter
+from components.networks.classifiers import SmallConvNet
+from components.networks.encoders import FeatureTrunk, PixelEncoder
+from components.networks.ensemble import EnsembleMLP, EnsembleResidualMLP
+from components.networks.signal_mixing import SignalMixing
 from launch.checkpoints import load_checkpoint
 from lightning_modules.actor_critic import ActorCritic
 from lightning_modules.class_incremental import ClassIncremental

@@ -102,8 +102,8 @@ def test_missing_and_foreign_checkpoints(tmp_path):
         {"module": {"_target_": "os.system", "command": "true"}},
         {"module": {"_target_": "components.x", "inner": [{"_target_": "builtins.eval"}]}},
         {"module": {"_target_": "hydra.utils.get_method", "path": "os.system"}},
-        {"module": {"_target_": "components.ema.torch.load", "f": "x", "weights_only": False}},
-        {"module": {"_target_": "components.ema.torch.hub.load", "repo_or_dir": "x", "model": "x"}},
+        {"module": {"_target_": "components.networks.ema.torch.load", "f": "x", "weights_only": False}},
+        {"module": {"_target_": "components.networks.ema.torch.hub.load", "repo_or_dir": "x", "model": "x"}},
     ],
 )
 def test_a_checkpoint_calls_nothing_outside_of_the_project(recipe):

@@ -10,15 +10,15 @@ from torchrl.data import Bounded
 from torchrl.modules import TanhNormal
 from torchrl.objectives import SACLoss, TD3Loss, ValueEstimators
 
-from components.actors import DeterministicActor, EntropyTemperature, GaussianActor
-from components.ensemble import EnsembleMLP, EnsembleResidualMLP
-from components.pessimism import (
+from components.control.actors import DeterministicActor, EntropyTemperature, GaussianActor
+from components.control.pessimism import (
     DualPessimism,
     FixedPessimism,
     MinimumPessimism,
     Pessimism,
     SubsetMinimumPessimism,
 )
+from components.networks.ensemble import EnsembleMLP, EnsembleResidualMLP
 from lightning_modules.actor_critic import ActorCritic
 
 CRITIC = partial(EnsembleMLP, hidden_dim=8, last_gain=1.0)

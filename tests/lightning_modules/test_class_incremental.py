@@ -5,8 +5,8 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from components.classifiers import CropAndFlip, SmallConvNet
-from components.contrastive import supervised_contrastive_loss
+from components.coding.contrastive import supervised_contrastive_loss
+from components.networks.classifiers import CropAndFlip, SmallConvNet
 from lightning_modules.class_incremental import ClassIncremental
 
 SHAPE = (1, 8, 8)

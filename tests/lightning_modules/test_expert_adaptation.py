@@ -5,10 +5,10 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from components.adapters import SingularValueAdapter
-from components.cross_entropy_method import CrossEntropyMethod
-from components.experts import Expert
-from components.language_models import PretrainedFolder
+from components.evolution.cross_entropy_method import CrossEntropyMethod
+from components.language.adapters import SingularValueAdapter
+from components.language.experts import Expert
+from components.language.models import PretrainedFolder
 from lightning_modules.expert_adaptation import ExpertAdaptation
 
 CATEGORIES = ["arithmetic", "list", "other"]

@@ -5,8 +5,8 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from components.adapters import FullAdapter, LowRankAdapter, SingularValueAdapter
-from components.language_models import PretrainedFolder, completion_log_probs
+from components.language.adapters import FullAdapter, LowRankAdapter, SingularValueAdapter
+from components.language.models import PretrainedFolder, completion_log_probs
 from lightning_modules.expert_training import ExpertTraining
 
 ADAPTERS = {"svf": SingularValueAdapter, "lora": LowRankAdapter, "full": FullAdapter}

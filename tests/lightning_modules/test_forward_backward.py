@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from components.actor_objectives import AdvantageWeighted, DeterministicPolicyGradient
-from components.forward_backward import fb_loss, orthonormality_loss, sample_sphere
+from components.control.actor_objectives import AdvantageWeighted, DeterministicPolicyGradient
+from components.control.forward_backward import fb_loss, orthonormality_loss, sample_sphere
 
 VARIANTS = {
     "FB": {"actor_objective": DeterministicPolicyGradient()},

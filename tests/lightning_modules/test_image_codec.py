@@ -5,9 +5,9 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from components.code_models import CategoricalVAE, place_frequencies
-from components.image_codec import ImageCodec
-from components.vqvae import VQVAE
+from components.coding.code_models import CategoricalVAE, place_frequencies
+from components.coding.image_codec import ImageCodec
+from components.coding.vqvae import VQVAE
 from lightning_modules.image_codec import ImageCodecTraining
 
 

@@ -8,11 +8,11 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 
-from components.actors import ScheduledNoiseActor
-from components.encoders import FeatureTrunk, PixelEncoder, RandomShift
-from components.ensemble import EnsembleMLP
-from components.pessimism import MinimumPessimism
-from components.signal_mixing import SignalMixing, discontinuity_score
+from components.control.actors import ScheduledNoiseActor
+from components.control.pessimism import MinimumPessimism
+from components.networks.encoders import FeatureTrunk, PixelEncoder, RandomShift
+from components.networks.ensemble import EnsembleMLP
+from components.networks.signal_mixing import SignalMixing, discontinuity_score
 from lightning_modules.actor_critic import ActorCritic
 
 SHAPE = (9, 20, 20)

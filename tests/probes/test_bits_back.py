@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from components.bits_back import BitsBackCoder
-from datamodules.images import digits
+from components.coding.bits_back import BitsBackCoder
+from datamodules.images.readers import digits
 
 LEVELS = 17
 

@@ -6,15 +6,15 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from components.actor_objectives import AdvantageWeighted, DeterministicPolicyGradient
-from components.actors import DeterministicActor, EntropyTemperature, GaussianActor, ScheduledNoiseActor
-from components.encoders import FeatureTrunk, PixelEncoder, RandomShift
-from components.ensemble import EnsembleMLP, EnsembleResidualMLP
-from components.forward_backward import BackwardMap, ForwardMap, ZConditionedActor, sample_sphere
-from components.pessimism import DualPessimism, MinimumPessimism, SubsetMinimumPessimism
-from components.signal_mixing import SignalMixing
+from components.control.actor_objectives import AdvantageWeighted, DeterministicPolicyGradient
+from components.control.actors import DeterministicActor, EntropyTemperature, GaussianActor, ScheduledNoiseActor
+from components.control.forward_backward import BackwardMap, ForwardMap, ZConditionedActor, sample_sphere
+from components.control.pessimism import DualPessimism, MinimumPessimism, SubsetMinimumPessimism
+from components.networks.encoders import FeatureTrunk, PixelEncoder, RandomShift
+from components.networks.ensemble import EnsembleMLP, EnsembleResidualMLP
+from components.networks.signal_mixing import SignalMixing
 from datamodules.environments.overdrive import OverdriveEnv, OverdriveTask, overdrive_dataset
-from datamodules.offline import OfflineDataModule
+from datamodules.stored.offline import OfflineDataModule
 from lightning_modules.actor_critic import ActorCritic
 from lightning_modules.forward_backward import ForwardBackward
 

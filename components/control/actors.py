@@ -1,0 +1,238 @@
+"""Actors: networks from observations to policies, and how these explore, bootstrap and are improved.
+
+Dimensions: N batch, O observation, A action.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from components.checks import check_counts
+from components.control.policies import ClippedGaussianPolicy, TanhGaussianPolicy
+from components.networks.encoders import Encoder, evaluating
+from components.networks.ensemble import EnsembleMLP
+
+Network = Callable[..., nn.Module]
+"""Called with in_features, out_features; maps [N, in] to [1, N, out]."""
+
+Trunk = Callable[[int], nn.Module]
+"""Called with in_features; maps [N, in] to [N, its `out_features`]."""
+
+
+class Actor(nn.Module, ABC):
+    """What an actor-critic agent needs of its actor. Log-densities [N] are zero where entropy plays no part.
+
+    Where observations are encoded, `observation` is the features.
+    """
+
+    def at(self, env_steps: int) -> None:
+        """So many environment steps have been taken: for actors whose exploration follows a schedule."""
+
+    @abstractmethod
+    def act(self, observation: Tensor) -> Tensor:
+        """The deterministic action, [N, A]."""
+
+    @abstractmethod
+    def explore(self, observation: Tensor) -> Tensor:
+        """An action to collect experience with, [N, A]."""
+
+    @abstractmethod
+    def bootstrap(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions [N, A] that targets are computed with, and their log-densities [N]."""
+
+    @abstractmethod
+    def improve(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """Reparameterised actions [N, A] that the actor's loss is computed with, and their log-densities [N]."""
+
+
+class GaussianActor(Actor):
+    """The tanh-Gaussian actor of soft actor-critic: it explores, bootstraps and improves with the same noise.
+
+    The log standard deviation is low + (high - low) (tanh(x) + 1) / 2 of the network's second output x; at x = 0 it
+    lies half-way, by default at -4.
+
+    Args:
+        network: makes the network, [N, O] -> [1, N, 2 A].
+        trunk: makes what comes before the network, if anything.
+        log_std_range: low and high.
+    """
+
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        network: Network = EnsembleMLP,
+        trunk: Trunk | None = None,
+        log_std_range: tuple[float, float] = (-10.0, 2.0),
+    ) -> None:
+        super().__init__()
+        self.network = _behind(trunk, network, observation_dim, 2 * action_dim)
+        self.log_std_range = tuple(log_std_range)
+
+    def forward(self, observation: Tensor) -> TanhGaussianPolicy:
+        mean, x = self.network(observation).squeeze(0).chunk(2, -1)
+        low, high = self.log_std_range
+        return TanhGaussianPolicy(mean, (low + 0.5 * (high - low) * (x.tanh() + 1)).exp())
+
+    def act(self, observation: Tensor) -> Tensor:
+        return self(observation).mean
+
+    def explore(self, observation: Tensor) -> Tensor:
+        return self(observation).sample()
+
+    def bootstrap(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        return self(observation).sample_with_log_prob()
+
+    def improve(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        return self(observation).sample_with_log_prob()
+
+
+class DeterministicActor(Actor):
+    """The deterministic actor of TD3: Gaussian noise in exploration, clipped noise in targets, none in its own loss.
+
+    Args:
+        network: makes the network, [N, O] -> [1, N, A].
+        trunk: makes what comes before the network, if anything.
+        exploration_std: noise of exploration.
+        target_std, target_clip: noise of target actions, and its bound, if any.
+    """
+
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        network: Network = EnsembleMLP,
+        trunk: Trunk | None = None,
+        exploration_std: float = 0.1,
+        target_std: float = 0.2,
+        target_clip: float | None = 0.5,
+    ) -> None:
+        super().__init__()
+        self.network = _behind(trunk, network, observation_dim, action_dim)
+        self.exploration_std = exploration_std
+        self.target_std = target_std
+        self.target_clip = target_clip
+
+    def act(self, observation: Tensor) -> Tensor:
+        return self.network(observation).squeeze(0).tanh()
+
+    def explore(self, observation: Tensor) -> Tensor:
+        return ClippedGaussianPolicy(self.act(observation), self.exploration_std).sample()
+
+    def bootstrap(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        policy = ClippedGaussianPolicy(self.act(observation), self.target_std)
+        return _certain(policy.sample(clip=self.target_clip))
+
+    def improve(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        return _certain(self.act(observation))
+
+
+class ScheduledNoiseActor(Actor):
+    """The actor of DrQ-v2: Gaussian noise around tanh of the network, in all it does, that falls over the run.
+
+    Its standard deviation falls linearly with the environment steps. The noise that targets are computed with, and that
+    the actor is improved with, is clipped; that of exploration is not.
+
+    Args:
+        network: makes the network, [N, O] -> [1, N, A].
+        trunk: makes what comes before the network, if anything.
+        initial_std, final_std: the noise at first and at last.
+        anneal_steps: environment steps in which it falls from one to the other.
+        clip: bound of the noise in targets and improvement, if any.
+    """
+
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        network: Network = EnsembleMLP,
+        trunk: Trunk | None = None,
+        initial_std: float = 1.0,
+        final_std: float = 0.1,
+        anneal_steps: int = 500_000,
+        clip: float | None = 0.3,
+    ) -> None:
+        super().__init__()
+        check_counts(anneal_steps=anneal_steps)
+        self.network = _behind(trunk, network, observation_dim, action_dim)
+        self.initial_std, self.final_std, self.anneal_steps = initial_std, final_std, anneal_steps
+        self.clip = clip
+        self.register_buffer("std", torch.tensor(float(initial_std)))  # compiled updates read it where it lies
+
+    def at(self, env_steps: int) -> None:
+        done = min(1.0, env_steps / self.anneal_steps)
+        self.std.fill_((1 - done) * self.initial_std + done * self.final_std)
+
+    def act(self, observation: Tensor) -> Tensor:
+        return self.network(observation).squeeze(0).tanh()
+
+    def explore(self, observation: Tensor) -> Tensor:
+        return ClippedGaussianPolicy(self.act(observation), self.std).sample()
+
+    def bootstrap(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        return self.improve(observation)
+
+    def improve(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        return _certain(ClippedGaussianPolicy(self.act(observation), self.std).sample(clip=self.clip))
+
+
+def _behind(trunk: Trunk | None, network: Network, in_features: int, out_features: int) -> nn.Module:
+    if trunk is None:
+        return network(in_features, out_features)
+    first = trunk(in_features)
+    return nn.Sequential(first, network(first.out_features, out_features))
+
+
+def _certain(action: Tensor) -> tuple[Tensor, Tensor]:
+    return action, action.new_zeros(action.shape[:-1])
+
+
+class ActorPolicy(nn.Module):
+    """One way of using an actor, as a module that collectors can copy and send to other processes.
+
+    Networks act in evaluation mode, whatever mode they are in otherwise.
+
+    Args:
+        encoder, actor: shared, not copied.
+        use: ``act``, ``explore`` or ``bootstrap``.
+    """
+
+    def __init__(self, encoder: Encoder, actor: Actor, use: str) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.actor = actor
+        self.use = use
+
+    @torch.no_grad()
+    def forward(self, observation: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        with evaluating(self):
+            return getattr(self.actor, self.use)(self.encoder(observation))
+
+
+class EntropyTemperature(nn.Module):
+    """The temperature alpha of maximum-entropy agents, learned so that the policy keeps a target entropy.
+
+    Haarnoja et al., arXiv 1812.05905, section 5, with the gradient by log alpha.
+
+    Args:
+        action_dim: A.
+        initial: alpha at the start.
+        target_entropy: in nats; -A if None.
+    """
+
+    def __init__(self, action_dim: int, initial: float = 1.0, target_entropy: float | None = None) -> None:
+        super().__init__()
+        if initial <= 0:
+            raise ValueError(f"initial={initial}: expected a temperature above 0; module.temperature=null is for none.")
+        self.log_alpha = nn.Parameter(torch.tensor(float(initial)).log())
+        self.target_entropy = float(-action_dim if target_entropy is None else target_entropy)
+
+    def forward(self) -> Tensor:
+        """alpha, without gradient."""
+        return self.log_alpha.detach().exp()
+
+    def loss(self, log_prob: Tensor) -> Tensor:
+        """-log alpha (log pi + target entropy), averaged; log-densities of any shape."""
+        return -(self.log_alpha * (log_prob.detach() + self.target_entropy)).mean()

@@ -1,0 +1,154 @@
+"""Learning from a fixed data set of transitions, with tasks that are named only at evaluation.
+
+Dimensions: n transitions or samples, T rewards, O observation, A action.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from components.checks import check_counts, vector_size
+from components.distributed import world_size
+from datamodules.environment import EnvironmentDataModule, named_rewards
+from datamodules.environments.measured import MeasuredEnv
+from datamodules.sampling import UniformBatches
+from datamodules.stored.transitions import TransitionDataset
+
+_CHUNK = 65536
+
+
+class OfflineDataModule(EnvironmentDataModule):
+    """Batches of stored transitions, and evaluation tasks in the environment that they came from.
+
+    Args:
+        dataset: makes or loads the data set when training or evaluation needs it.
+        environment, protocols: see `EnvironmentDataModule`.
+        inference_samples: number n of transitions from which tasks are inferred; the same ones at every evaluation.
+        on_device: keep the data set in the training device's memory.
+        settings: further arguments of `EnvironmentDataModule`.
+    """
+
+    def __init__(
+        self,
+        dataset: Callable[[], TransitionDataset],
+        environment: Callable[..., MeasuredEnv],
+        protocols: Mapping[str, Mapping[str, Any]],
+        *,
+        inference_samples: int = 100_000,
+        on_device: bool = True,
+        **settings: Any,
+    ) -> None:
+        check_counts(inference_samples=inference_samples)
+        super().__init__(environment, protocols, **settings)
+        self._make_dataset = dataset
+        self.inference_samples = inference_samples
+        self.on_device = on_device
+        self.dataset: TransitionDataset | None = None
+        self._train_data: TensorDict | None = None
+        self._inference_cache: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
+
+    # -- Lightning ----------------------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Make the data set once, before the other processes load it."""
+        self._make_dataset()
+
+    def setup(self, stage: str) -> None:
+        if self.dataset is not None:
+            return
+        self.dataset = self._make_dataset()
+        spec, domain = self.spec, self._reference_env.domain_name
+        if self.dataset.domain != domain:
+            raise ValueError(f"The data set is of {self.dataset.domain}, expected {domain} as the environment.")
+        sizes = (self.dataset.observation_dim, self.dataset.action_dim)
+        expected = (vector_size(spec["observation_shape"]), spec["action_dim"])
+        for name, found, own in zip(("observation", "action"), sizes, expected):
+            if found != own:
+                raise ValueError(f"The data set has {name}s of size {found}, expected {own} as in the environment.")
+
+    def train_dataloader(self) -> UniformBatches:
+        assert self.dataset is not None
+        assert self.trainer is not None
+        module = self.trainer.lightning_module
+        if self._train_data is None:
+            keys = ("observation", "action", ("next", "observation"), ("next", "terminated"), ("next", "reward"))
+            data = self.dataset.data.select(*keys)
+            self._train_data = data.to(module.device if self.on_device else "cpu")
+        return UniformBatches(
+            self._train_data,
+            self.share(self.batch_size, world_size()),
+            self.updates_per_step,
+            module.updates,
+            self.next_evaluation(module.updates, module.total_updates),
+            self.seed,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        assert self.dataset is not None
+        return {"data": self._fingerprint()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to go on with other data than the run began with."""
+        assert self.dataset is not None
+        if state_dict["data"] != self._fingerprint():
+            raise ValueError("The data set is not the one that the checkpoint's run was trained on.")
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What tells data apart: the checksums of stored files, the recipe of data that are made anew each time."""
+        assert self.dataset is not None
+        return self.dataset.manifest.get("files") or self.dataset.manifest
+
+    # -- tasks --------------------------------------------------------------------------------------------------------
+
+    def _sampler(self, expressions: Sequence[str]) -> Callable[[], tuple[Tensor, Tensor]]:
+        return lambda: self.samples(tuple(expressions))
+
+    def samples(self, expressions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """States [n, O] drawn from the data's next states and the rewards [n, T] of arriving there.
+
+        Raises:
+            ValueError: a reward is the same in all of them.
+        """
+        key = tuple(expressions)
+        if key not in self._inference_cache:
+            assert self.dataset is not None
+            generator = torch.Generator().manual_seed(self.evaluation_seed)
+            count = len(self.dataset)
+            index = torch.randperm(count, generator=generator)[: self.inference_samples]
+            rows = self.dataset.data[index]
+            rewards = self._rewards(rows, expressions)
+            for expression, reward in zip(expressions, rewards.T):
+                if (reward == reward[0]).all():
+                    raise ValueError(
+                        f"The reward {expression!r} is {reward[0]:g} in all of {len(reward)} sampled states of the "
+                        "data: expected one that differs between them, or it says nothing about what to do."
+                    )
+            self._inference_cache[key] = rows["next", "observation"].clone(), rewards
+        return self._inference_cache[key]
+
+    def _rewards(self, rows: TensorDictBase, expressions: Sequence[str]) -> Tensor:
+        """Rewards [n, T] of stored transitions [n]."""
+        env = self._reference_env
+        parts = []
+        for chunk in rows.split(_CHUNK):
+            parts.append(env.rewards(env.measure(chunk), expressions))
+        return torch.cat(parts)
+
+    def references(self) -> dict[str, dict[str, list[float]]]:
+        """Scores to compare with: a policy of uniform random actions, and the best episode of the data by each reward.
+
+        An episode of the data counts with its own length, which may be less than that of an evaluation episode.
+        """
+        assert self.dataset is not None
+        references = super().references()
+        best: dict[str, list[float]] = {}
+        rewards = {name: text for protocol in self.protocols.values() for name, text in named_rewards(protocol).items()}
+        returns = self.dataset.episode_returns(self._rewards(self.dataset.data, list(rewards.values())))
+        top = dict(zip(rewards, returns.max(0).values.tolist()))
+        for name, protocol in self.protocols.items():
+            found = {f"{name}/{reward}/return": [top[reward]] for reward in named_rewards(protocol)}
+            best.update({metric: values for metric, values in found.items() if metric in references["random policy"]})
+        return references | ({"best episode in the data": best} if best else {})

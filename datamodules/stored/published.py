@@ -1,0 +1,112 @@
+"""Published data sets: read from the user's copy of their files, once, and kept in a form that opens fast.
+
+The first use of a copy reads it whole and writes it as a `TransitionDataset` below `root`; later uses, and the other
+processes of a run, map that. Another copy, or a changed one, is another folder.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from datamodules.stored.collect import dataset_folder
+from datamodules.stored.readers import read_d4rl, read_exorl, read_mood
+from datamodules.stored.transitions import TransitionDataset
+
+_BYTES_PER_SECOND = 100e6  # what reading, converting and writing manages at least
+_FILES_PER_SECOND = 300  # .npz files, whose decompression is not counted in bytes
+
+
+def exorl_dataset(root: str, folder: str, domain: str, max_episodes: int = 5000) -> TransitionDataset:
+    """The ExORL episodes in a folder.
+
+    Args:
+        root: where the converted data set is kept.
+        folder: of the `*.npz` files.
+        domain: such as ``walker``.
+        max_episodes: the first so many files, in sorted order, are read.
+
+    Raises:
+        FileNotFoundError: there are no episodes.
+        ValueError: see `read_exorl`.
+    """
+    files = sorted(Path(folder).glob("*.npz"))[:max_episodes]
+    if not files:
+        raise FileNotFoundError(
+            f"datamodule.dataset.folder={folder}: expected ExORL's episodes of {domain} (*.npz), found none; they are "
+            f"in buffer/ of https://dl.fbaipublicfiles.com/exorl/{domain}/rnd.zip, whose 10,000 episodes take 1 "
+            "(point_mass_maze) to 8 GB (quadruped)."
+        )
+    settings = {"domain": domain, "max_episodes": max_episodes}
+    return _kept(root, f"exorl-{domain}", files, settings, lambda: read_exorl(folder, domain, max_episodes))
+
+
+def mood_dataset(root: str, file: str) -> TransitionDataset:
+    """A MOOD mixture, an HDF5 file named `MIXTURE__DOMAIN_TASK.hdf5`.
+
+    Args:
+        root: where the converted data set is kept.
+        file: the mixture.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: see `read_mood`.
+    """
+    if not Path(file).is_file():
+        raise FileNotFoundError(
+            f"datamodule.dataset.file={file}: expected a MOOD mixture (MIXTURE__DOMAIN_TASK.hdf5 with physics), found "
+            "none; its authors (arXiv 2403.13097, https://github.com/facebookresearch/offline_rl) publish no download, "
+            "so ask them or record your own agents: 0.8 GB for a million transitions of humanoid."
+        )
+    return _kept(root, Path(file).stem, [Path(file)], {}, lambda: read_mood(file))
+
+
+def d4rl_dataset(root: str, folder: str, name: str) -> TransitionDataset:
+    """A D4RL locomotion data set.
+
+    Args:
+        root: where the converted data set is kept.
+        folder: of the HDF5 files.
+        name: D4RL's own, such as ``hopper-medium-replay-v2``, which lies in `hopper_medium_replay-v2.hdf5`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: see `read_d4rl`.
+    """
+    stem, _, version = name.rpartition("-v")
+    file = Path(folder) / f"{stem.replace('-', '_')}-v{version}.hdf5"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"datamodule.dataset.folder={folder}: expected {file.name} in it for datamodule.dataset.name={name}, found "
+            f"none; it is at http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v{version}/{file.name}, some "
+            "100 to 600 MB."
+        )
+    return _kept(root, f"d4rl-{name}", [file], {}, lambda: read_d4rl(file))
+
+
+def _kept(
+    root: str,
+    name: str,
+    files: Sequence[Path],
+    settings: dict[str, Any],
+    read: Callable[[], TransitionDataset],
+) -> TransitionDataset:
+    """What `read` makes of the files, from `root/NAME-HASH` if it was read before."""
+    stats = [file.stat() for file in files]
+    found = [[file.name, stat.st_size, stat.st_mtime_ns] for file, stat in zip(files, stats)]
+    # the version is to be raised when the same files are read in another way
+    folder = dataset_folder(root, name, {**settings, "version": 1, "files": found})
+    if not folder.is_dir():
+        size = sum(stat.st_size for stat in stats)
+        seconds = max(1, round(size / _BYTES_PER_SECOND + len(files) / _FILES_PER_SECOND))
+        what = files[0].name if len(files) == 1 else f"{len(files)} files"
+        print(
+            f"Reading {what} ({size / 1e9:.2g} GB) in {files[0].parent}, to be kept in {folder}; about {seconds} s.",
+            flush=True,
+        )
+        dataset = read()
+        try:
+            dataset.save(folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process was faster
+                raise
+    return TransitionDataset.load(folder)
