@@ -17,9 +17,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from datamodules.environments.measured import MeasuredEnv
-from datamodules.evaluation import EvaluationTask
 from datamodules.pixels import RenderingUnavailable
-from datamodules.stored.readers import d4rl_normalized_score
 
 # Version 4 keeps the rewards and models that D4RL's files were recorded with, on today's MuJoCo. Version 5 pays the
 # bonus for health differently and gives the walker's right foot more friction.
@@ -193,23 +191,3 @@ def _close_renderer_of(reference: "weakref.ref[GymnasiumMujocoEnv]") -> None:
     env = reference()
     if env is not None:
         env._close_renderer()
-
-
-class D4RLTask(EvaluationTask):
-    """Adds D4RL's normalised score to every return: 0 for a random policy, 100 for an expert.
-
-    Args:
-        data_name: D4RL's name of the data set, or of the body.
-    """
-
-    def __init__(self, *arguments: Any, data_name: str) -> None:
-        super().__init__(*arguments)
-        self.data_name = data_name
-
-    def metrics(self, result: TensorDictBase) -> dict[str, list[float]]:
-        returns = super().metrics(result)
-        scores = {
-            f"{name.removesuffix('return')}score": [d4rl_normalized_score(self.data_name, value) for value in values]
-            for name, values in returns.items()
-        }
-        return {**scores, **returns}

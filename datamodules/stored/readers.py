@@ -39,21 +39,6 @@ _DOMAIN_SIZES = {
     "antmaze": (29, 8),
 }
 
-# returns of a random and of an expert policy: the ends of the D4RL score, by the beginning of the data set's name
-_D4RL_RETURNS = {
-    "halfcheetah": (-280.178953, 12135.0),
-    "hopper": (-20.272305, 3234.3),
-    "walker2d": (1.629008, 4592.3),
-    "ant": (-325.6, 3879.7),
-    "antmaze": (0.0, 1.0),
-    "maze2d-umaze": (23.85, 161.86),
-    "maze2d-medium": (13.13, 277.39),
-    "maze2d-large": (6.7, 273.99),
-    "pen": (96.262799, 3076.8331),
-    "hammer": (-274.856578, 12794.1348),
-    "door": (-56.512833, 2880.5693),
-    "relocate": (-6.425911, 4233.8778),
-}
 _D4RL_STEPS = 1000  # the time limit that D4RL assumes where a file has no timeouts
 _BLOCK = 64  # episodes of an HDF5 file read at once
 
@@ -195,22 +180,6 @@ def read_d4rl(file: str | Path) -> TransitionDataset:
     domain = re.sub(r"^ant_?maze.*", "antmaze", re.split(r"-|_(?!maze)", file.stem.lower())[0])
     _require_sizes(file, domain, observation.shape[1], rows["actions"].shape[1])
     return _dataset(arrays, {"domain": domain, "made_by": "d4rl", "origin": file.name})
-
-
-def d4rl_normalized_score(env: str, episode_return: float) -> float:
-    """The D4RL score of a return: 0 for a random policy, 100 for an expert.
-
-    Args:
-        env: name of the environment or data set, e.g. "hopper-medium-replay-v2".
-        episode_return: undiscounted sum of the environment's own rewards, neither shifted nor scaled.
-
-    Raises:
-        ValueError: D4RL has no reference returns for `env`.
-    """
-    for family, (low, high) in _D4RL_RETURNS.items():
-        if env == family or env.startswith(f"{family}-"):
-            return 100 * (episode_return - low) / (high - low)
-    raise ValueError(f"Expected a D4RL environment of one of {', '.join(_D4RL_RETURNS)}; found {env!r}.")
 
 
 class _Builder:

@@ -13,8 +13,9 @@ from components.control.pessimism import DualPessimism, MinimumPessimism, Subset
 from components.networks.encoders import FeatureTrunk, PixelEncoder, RandomShift
 from components.networks.ensemble import EnsembleMLP, EnsembleResidualMLP
 from components.networks.signal_mixing import SignalMixing
-from datamodules.environments.overdrive import OverdriveEnv, OverdriveTask, overdrive_dataset
+from datamodules.environments.overdrive import OverdriveEnv, OverdriveTask
 from datamodules.stored.offline import OfflineDataModule
+from datamodules.stored.overdrive import overdrive_dataset
 from lightning_modules.actor_critic import ActorCritic
 from lightning_modules.forward_backward import ForwardBackward
 

@@ -5,8 +5,9 @@ from functools import partial
 import pytest
 
 from datamodules.environments.batched_mujoco import BatchedMujocoEnv
-from datamodules.environments.overdrive import OverdriveEnv, overdrive_dataset
+from datamodules.environments.overdrive import OverdriveEnv
 from datamodules.stored.offline import OfflineDataModule
+from datamodules.stored.overdrive import overdrive_dataset
 
 
 def datamodule(environment=OverdriveEnv, seed: int = 0, **settings) -> OfflineDataModule:

@@ -61,7 +61,7 @@ def test_data_and_batches_are_functions_of_the_seed():
 
 def test_episodes_are_collected_once_for_the_arms_of_a_seed(monkeypatch):
     collected = []
-    monkeypatch.setattr("datamodules.random_episodes.random_episodes", lambda *_: collected.append(1) or object())
+    monkeypatch.setattr("datamodules.stored.random_episodes.random_episodes", lambda *_: collected.append(1) or object())
     shorter = partial(ENVIRONMENT, episode_length=20)
     for other in ({"seed": 4}, {"discount": 0.5}, {"training_episodes": 3}, {"environment": shorter}):
         first = made(seed=3)._episodes

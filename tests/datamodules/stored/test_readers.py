@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.stored.readers import d4rl_normalized_score, read_d4rl, read_exorl, read_mood
+from datamodules.stored.readers import read_d4rl, read_exorl, read_mood
 
 STEPS = 5
 DUMMY = 1e6  # in every slot that no transition may use
@@ -286,13 +286,3 @@ def test_d4rl_errors_name_the_file(tmp_path, change, message):
     write_d4rl(tmp_path / "toy.hdf5", **{"terminals": [0] * 4, "timeouts": [0] * 4, **change})
     with pytest.raises(ValueError, match=f"toy.hdf5: {message}"):
         read_d4rl(tmp_path / "toy.hdf5")
-
-
-def test_d4rl_score():
-    assert d4rl_normalized_score("halfcheetah-medium-v2", 12135.0) == 100
-    assert d4rl_normalized_score("hopper-medium-replay-v2", -20.272305) == 0
-    assert d4rl_normalized_score("walker2d-medium-expert-v2", (1.629008 + 4592.3) / 2) == pytest.approx(50)
-    assert d4rl_normalized_score("antmaze-umaze-v2", 0.25) == 25
-    assert d4rl_normalized_score("ant-medium-v2", 3879.7) == 100
-    with pytest.raises(ValueError, match="found 'humanoid-medium-v2'"):
-        d4rl_normalized_score("humanoid-medium-v2", 1.0)
