@@ -103,6 +103,28 @@ def test_the_maze_of_published_code():
     )
 
 
+@pytest.mark.parametrize(
+    ("base", "group"),
+    [("/study: fb_paper", "datamodule/dataset"), ("fb_walker", "datamodule/dataset"), ("drr_digits", "dataset")],
+)
+@pytest.mark.parametrize("option", ["mine", "null"])
+def test_an_experiment_can_replace_data_that_another_brought(base, group, option, tmp_path):
+    """By an option of its own, or by keys of its own; nothing of what was there before stays."""
+    own = {"_target_": "my.data", "path": "here"}
+    datamodule = ["override /datamodule: exorl"] if base.startswith("/study") else []
+    defaults = [*datamodule, f"override /{group}: {option}"]
+    text = "# @package _global_\ndefaults:\n" + "".join(f"  - {line}\n" for line in [base, *defaults])
+    keys = group.split("/")
+    if option == "null":
+        text += "".join(f"{'  ' * depth}{key}:\n" for depth, key in enumerate(keys))
+        text += f"{'  ' * len(keys)}{{_target_: my.data, path: here}}\n"
+    for path, content in ((f"{group}/mine.yaml", json.dumps(own)), ("experiment/mine.yaml", text)):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_text(content)
+    config = composed("experiment=mine", f"hydra.searchpath=[file://{tmp_path}]")
+    assert config.datamodule.dataset == own
+
+
 @pytest.mark.parametrize("experiment", ["paper/fb_walker", "fb_walker"])
 def test_presets_differ_where_their_codes_do(experiment, transitions):
     original, later = (composed(f"experiment={experiment}", f"preset={name}") for name in ("fb_ca", "fb_mm"))
