@@ -61,7 +61,8 @@ def test_data_and_batches_are_functions_of_the_seed():
 
 def test_episodes_are_collected_once_for_the_arms_of_a_seed(monkeypatch):
     collected = []
-    monkeypatch.setattr("datamodules.stored.random_episodes.random_episodes", lambda *_: collected.append(1) or object())
+    made_by = "datamodules.stored.random_episodes.random_episodes"
+    monkeypatch.setattr(made_by, lambda *_: collected.append(1) or object())
     shorter = partial(ENVIRONMENT, episode_length=20)
     for other in ({"seed": 4}, {"discount": 0.5}, {"training_episodes": 3}, {"environment": shorter}):
         first = made(seed=3)._episodes
