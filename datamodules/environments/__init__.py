@@ -28,4 +28,15 @@ def _choose_graphics() -> None:
         importlib.reload(importlib.import_module("mujoco.rendering.classic.gl_context"))
 
 
+def _quieten_mujoco() -> None:
+    """Keeps MuJoCo from printing its warnings and from writing them to a file where the program was started.
+
+    They are of old words in models, about which no user can do anything, and of simulations that break down, which the
+    environments notice by MuJoCo's counters. dm_control, when it is imported, has absl say them instead.
+    """
+    importlib.import_module("mujoco").set_mju_user_warning(lambda message: None)
+    importlib.import_module("absl.logging").set_verbosity("error")
+
+
 _choose_graphics()
+_quieten_mujoco()

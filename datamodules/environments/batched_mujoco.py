@@ -28,7 +28,8 @@ class BatchedMujocoEnv(MeasuredEnv):
     Keys: `action` [n, A] float32 in [-1, 1]; `observation` [n, O] float32, the suite's observation, flat, in its order;
     `physics` [n, p] float64, positions, velocities and activations; `measurements` [n, M] float32, the quantities that
     rewards are written in; `reward`, `terminated`, `truncated`, `done` [n, 1]. Episodes end by time only, so they are
-    truncated and never terminated. A row whose simulation breaks down keeps its last sound state and is truncated.
+    truncated and never terminated. A row whose simulation breaks down is truncated, and arrives where it last was
+    sound: in the state, with the observation, that the control which broke it began with.
 
     A step depends on `physics` and `action` alone, to the bit, whatever the row, the batch or the number of threads.
 
@@ -101,7 +102,9 @@ class BatchedMujocoEnv(MeasuredEnv):
             self._steps[torch.from_numpy(diverged)] = self.episode_length
             snapshot = self.simulation.snapshot(self._physics, control, forces)
             passed.append(self._flatten(self._measure(snapshot)))
-        self._observation, self._measurements = self._observe(snapshot), passed[-1]
+            before, self._observation = self._observation, self._observe(snapshot)
+            self._observation[diverged] = before[diverged]  # forces are not those of the state
+        self._measurements = passed[-1]
         result = self.current()
         result["reward"] = sum(self.rewards(measurements, [self.task]) for measurements in passed)
         if self.action_repeat > 1:
@@ -213,8 +216,10 @@ class BatchedMujocoEnv(MeasuredEnv):
             raise ValueError(
                 f"{self.domain.name} has physics states [n, {self.physics_size}], got {list(values.shape)}"
             )
-        if not np.isfinite(values).all():
-            raise ValueError(f"a physics state of {self.domain.name} is not finite")
+        if not (np.abs(values) <= mujoco.mjMAXVAL).all():
+            raise ValueError(
+                f"a physics state of {self.domain.name} is not finite, or beyond MuJoCo's limit of {mujoco.mjMAXVAL:g}"
+            )
         return np.ascontiguousarray(values, dtype=np.float64)
 
     # --- pictures ---

@@ -29,8 +29,9 @@ class PixelControlEnv(MeasuredEnv):
 
     `observation` is [n, 3 S, H, H] uint8, the S latest pictures with the oldest first; an episode begins with S times
     the same one. Rewards are the task's own, summed over the control steps of a held action, and the only measurement:
-    they can't be recomputed. Episodes are truncated by time and terminated where the task says so. An environment that
-    has ended stays where it is, earning nothing, until it is reset.
+    they can't be recomputed. Episodes are truncated by time, or where they last were sound when their simulation breaks
+    down, and terminated where the task says so. An environment that has ended stays where it is, earning nothing, until
+    it is reset.
 
     An episode is a function of its seed and its actions. These are what a checkpoint holds of it: on restoring, the
     actions are made again, without drawing.

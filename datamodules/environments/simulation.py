@@ -15,6 +15,9 @@ from datamodules.environments.domains import Domain, Snapshot
 _CHUNK = 8192
 """States per call when reading sensors of a large stored set: bounds the memory for sensor readings."""
 
+_START_TIME = 1.0
+"""Of every control step. MuJoCo's reset of a state that breaks down takes the clock to 0, which then is behind."""
+
 
 class BatchSimulation:
     """The physics of one domain for batches of states.
@@ -49,6 +52,8 @@ class BatchSimulation:
         # The suite reads the first observation of an episode from a pass without actuation.
         self._idle = domain.build(sensors=domain.force_sensors)
         self._idle.opt.disableflags |= int(flags.mjDSBL_ACTUATION)
+        for model in (self._sensing, self._idle):  # states are read as they are, never from the model's first pose
+            model.opt.disableflags |= int(flags.mjDSBL_AUTORESET)
 
         self.num_threads = num_threads or len(os.sched_getaffinity(0))
         self._pool = Rollout(nthread=self.num_threads if self.num_threads > 1 else 0)
@@ -82,17 +87,18 @@ class BatchSimulation:
             substeps: simulation steps.
 
         Returns:
-            physics: arrival states [n, p]; the state before the step where the simulation diverged.
+            physics: arrival states [n, p]; the state before the control where the simulation broke down.
             forces: contact-force sensors during the last simulation step [n, readings].
             diverged: rows whose simulation broke down [n], bool.
         """
         controls = np.repeat(control[:, None], substeps, axis=1)
         states, readings = self._roll(self.model, physics, controls, substeps)
         arrival = states[:, -1]
-        # MuJoCo resets a state that diverges, clock included, so a clock that is behind tells.
-        expected = substeps * self.model.opt.timestep
-        diverged = ~(np.abs(arrival[:, 0] - expected) < 0.5 * self.model.opt.timestep)
-        diverged |= ~np.isfinite(arrival).all(axis=1)
+        # MuJoCo counts positions, velocities and accelerations that are not finite or huge, one counter for each
+        # thread, and goes on from the model's first pose: what remains of it in a row is the clock. The last arrival
+        # has not been looked at yet.
+        diverged = arrival[:, 0] < _START_TIME + (substeps - 0.5) * self.model.opt.timestep
+        diverged |= ~(np.abs(arrival) <= mujoco.mjMAXVAL).all(axis=1)
         return np.where(diverged[:, None], physics, arrival[:, 1:]), readings[:, -1], diverged
 
     def idle_forces(self, physics: np.ndarray) -> np.ndarray:
@@ -138,10 +144,8 @@ class BatchSimulation:
     ) -> tuple[np.ndarray, np.ndarray]:
         """States [n, steps, 1 + p] after each step and sensors [n, steps, readings] at the start of each step."""
         rows = len(physics)
-        initial = np.zeros(
-            (rows, self._state_size)
-        )  # the clock starts at 0: nothing may depend on when a step is taken
-        initial[:, 1:] = physics
+        initial = np.empty((rows, self._state_size))
+        initial[:, 0], initial[:, 1:] = _START_TIME, physics  # nothing may depend on when a step is taken
         states = np.empty((rows, steps, self._state_size))
         readings = np.empty((rows, steps, model.nsensordata))
         # Handing out single rows costs time, and so does waiting at the end for a thread that got a large piece.

@@ -12,6 +12,9 @@ from dm_control.rl.control import PhysicsError
 
 from datamodules.pixels.rendering import View, draw
 
+# dm_control repeats through it what MuJoCo says of models and simulations: nothing that a user could act on.
+logging.set_verbosity(logging.ERROR)
+
 # The first has springs drawn at random when it is loaded, and actions without bounds; the other makes its terrain in a
 # graphics context of its own.
 _UNKNOWN = {("lqr", "lqr_2_1"), ("lqr", "lqr_6_2"), ("quadruped", "escape")}
@@ -46,6 +49,8 @@ class Sizes(NamedTuple):
 
 class PixelTask:
     """Episodes of one task, one after the other, each a function of its seed and its actions.
+
+    An episode whose simulation breaks down is truncated where it last was sound.
 
     Args:
         domain, task: see `PixelControlEnv`.
@@ -93,10 +98,7 @@ class PixelTask:
 
     def place(self, physics: np.ndarray) -> Moment:
         """Begin an episode from a state [p]."""
-        arrays = self._physics_arrays()
-        for array, part in zip(arrays, np.split(physics, np.cumsum([array.size for array in arrays])[:-1])):
-            array[:] = part.reshape(array.shape)
-        self._env.physics.forward()
+        self._set_physics(physics)
         self._restart()
         return self._moment(drawn=True)
 
@@ -118,9 +120,11 @@ class PixelTask:
         self._reward = 0.0
         for _ in range(min(self._action_repeat, self._episode_length - self._steps)):
             self._steps += 1
+            sound = self._physics()
             try:
                 result = self._env.step(control)
-            except PhysicsError:  # the simulation broke down
+            except PhysicsError:  # the simulation broke down, and MuJoCo has gone on from the model's first pose
+                self._set_physics(sound)
                 self._truncated = True
                 break
             self._reward += result.reward or 0.0
@@ -145,6 +149,12 @@ class PixelTask:
     def _physics(self) -> np.ndarray:
         return np.concatenate([array.ravel() for array in self._physics_arrays()])
 
+    def _set_physics(self, physics: np.ndarray) -> None:
+        arrays = self._physics_arrays()
+        for array, part in zip(arrays, np.split(physics, np.cumsum([array.size for array in arrays])[:-1])):
+            array[:] = part.reshape(array.shape)
+        self._env.physics.forward()
+
     def _physics_arrays(self) -> list[np.ndarray]:
         physics = self._env.physics
         return [getattr(physics.data, name) for name in _DATA] + [getattr(physics.model, name) for name in _PLACED]
@@ -158,11 +168,6 @@ def _load(domain: str, task: str) -> Any:
         of_domain = ", ".join(sorted(each for name, each in known if name == domain))
         expected = f"task to be one of {of_domain}" if of_domain else f"domain to be one of {', '.join(domains)}"
         raise ValueError(f"environment {domain}/{task}: expected {expected}.")
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # an old word in a model is nothing that a user could do anything about
-    try:
-        if domain == "manipulation":
-            return manipulation.load(f"{task}_features")
-        return suite.load(domain, task, task_kwargs={"time_limit": float("inf")})
-    finally:
-        logging.set_verbosity(verbosity)
+    if domain == "manipulation":
+        return manipulation.load(f"{task}_features")
+    return suite.load(domain, task, task_kwargs={"time_limit": float("inf")})

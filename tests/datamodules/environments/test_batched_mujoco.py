@@ -1,5 +1,6 @@
 import io
 
+import mujoco
 import numpy as np
 import pytest
 import torch
@@ -214,17 +215,57 @@ def test_starts_from_a_function_and_depends_on_the_seed_alone() -> None:
     assert one["measurements"].isfinite().all()
 
 
-def test_simulation_that_breaks_down_is_truncated_and_harms_no_other_row() -> None:
-    environment = BatchedMujocoEnv("humanoid", "stand", 3, start=default_posture)
-    sound = environment.reset()["physics"].clone()
-    broken = sound.clone()
-    broken[1, 28:] = 1e9
-    environment.set_physics(broken)
-    arrival = environment.step(environment.current().set("action", torch.zeros(3, 21)))["next"]
-    assert arrival["truncated"][:, 0].tolist() == [False, True, False]
-    assert torch.equal(arrival["physics"][1], broken[1])
-    assert torch.equal(arrival["physics"][0], arrival["physics"][2])
-    assert not torch.equal(arrival["physics"][0], sound[0])
+def breaks_down(simulation: BatchSimulation, physics: torch.Tensor, substeps: int) -> bool:
+    """Whether MuJoCo counts a state [p] as broken within so many steps without control, or what they lead to."""
+    model, data = simulation.model, mujoco.MjData(simulation.model)
+    state = mujoco.mjtState.mjSTATE_FULLPHYSICS
+    mujoco.mj_setState(model, data, np.concatenate([[0.0], physics.numpy()]), state)
+    mujoco.mj_step(model, data, substeps)
+    mujoco.mj_checkPos(model, data)
+    mujoco.mj_checkVel(model, data)
+    kinds = (mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC)
+    return any(data.warning[kind].number for kind in kinds)
+
+
+@pytest.mark.parametrize("action_repeat", [1, 2])
+@pytest.mark.parametrize("domain", TASKS)
+def test_simulation_that_breaks_down_is_truncated_where_it_was_sound(domain: str, action_repeat: int, capfd) -> None:
+    """MuJoCo goes on from the model's first pose: what arrives must be the last sound state, and what is seen there."""
+    speeds = torch.tensor([1e2, 1e5, 1e7, 1e10], dtype=torch.float64)  # and one row that goes on as it was
+    environment = BatchedMujocoEnv(domain, num_envs=5, start=default_posture, action_repeat=action_repeat)
+    environment.reset()
+    idle = torch.zeros(environment.action_spec.shape)
+    for _ in range(2):  # contact forces of the middle of an episode
+        sound = environment.step(environment.current().set("action", idle))["next"]
+    model = environment.simulation.model
+    sound["physics"][1:, model.nq : model.nq + model.nv] = speeds[:, None]
+    environment.set_physics(sound["physics"])
+    began = environment.current().clone()
+    arrival = environment.step(environment.current().set("action", idle))["next"]
+
+    substeps = environment.domain.substeps
+    expected, at_once = [
+        torch.tensor([breaks_down(environment.simulation, physics, steps) for physics in began["physics"]])
+        for steps in (substeps * action_repeat, substeps)
+    ]
+    assert expected[-1]
+    assert not expected[0]
+    assert torch.equal(arrival["truncated"][:, 0], expected)
+    assert not arrival["terminated"].any()
+    assert (arrival["physics"] != began["physics"])[1:].any(1).tolist() == (~at_once)[1:].tolist()
+    for key in ("physics", "observation"):
+        assert torch.equal(arrival[key][at_once], began[key][at_once])
+    measured = environment.relabel(arrival["physics"], idle)
+    assert torch.equal(arrival["measurements"], measured)
+    assert all(value.isfinite().all() for value in arrival.values(True, True))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_states_beyond_the_simulators_limits_are_refused() -> None:
+    environment = BatchedMujocoEnv("cheetah")
+    for value in (2e10, torch.nan):
+        with pytest.raises(ValueError, match=r"not finite, or beyond MuJoCo's limit of 1e\+10"):
+            environment.relabel(torch.full((1, 18), value), torch.zeros(1, 6))
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,24 @@ def test_an_episode_that_is_over_goes_on_from_states_that_are_set():
         env.get_extra_state()  # no seed and actions led there
 
 
+@pytest.mark.parametrize("name", ["cheetah/run", "walker/run", "manipulation/reach_duplo"])
+def test_simulation_that_breaks_down_is_truncated_where_it_was_sound(name, capfd):
+    env = made(name, num_envs=1)
+    env.reset()
+    physics = dm_control_env(env).physics
+    fast = env.current()["physics"].clone()
+    fast[:, physics.model.nq : physics.model.nq + physics.model.nv] = 1e7
+    env.set_physics(fast)
+    began = env.current().clone()
+    (step,) = roll(env, env.current(), actions(env, 1))
+    assert step["truncated"].item()
+    assert not step["terminated"].item()
+    assert step["reward"].item() == 0
+    assert torch.equal(step["physics"], began["physics"])
+    assert torch.equal(step["observation"][:, -3:], began["observation"][:, -3:])
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "settings", "message"),
     [
