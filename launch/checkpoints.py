@@ -29,19 +29,22 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return load_checkpoint(path)
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, key: str = "ckpt_path") -> dict[str, Any]:
     """Read a checkpoint on the CPU.
+
+    Args:
+        key: of the configuration, which names the file.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is not a whole checkpoint.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"ckpt_path={path}: expected a checkpoint file, found none.")
+        raise FileNotFoundError(f"{key}={path}: expected a checkpoint file, found none.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for many kinds of damage
-        raise ValueError(f"ckpt_path={path}: expected a whole checkpoint, found a damaged or foreign file.") from error
+        raise ValueError(f"{key}={path}: expected a whole checkpoint, found a damaged or foreign file.") from error
     if not isinstance(checkpoint, dict) or "learning_method" not in checkpoint:
-        raise ValueError(f"ckpt_path={path}: expected a checkpoint of this project, found another file.")
+        raise ValueError(f"{key}={path}: expected a checkpoint of this project, found another file.")
     return checkpoint

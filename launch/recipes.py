@@ -38,6 +38,22 @@ def find_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.rglob(LAST), key=lambda file: file.stat().st_mtime)
 
 
+def only_checkpoint(path: str, key: str) -> Path:
+    """The checkpoint file that a key of the configuration means: a file, or the only one in a folder.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or a choice.
+    """
+    if Path(path).is_file():
+        return Path(path)
+    found = find_checkpoints(Path(path))
+    if not found:
+        raise FileNotFoundError(f"{key}={path}: expected a checkpoint or a folder with one, found none.")
+    if len(found) > 1:
+        raise ValueError(f"{key}={path}: expected one checkpoint, found {len(found)}; name one, such as {found[0]}.")
+    return found[0]
+
+
 def rebuild(path: Path, trust: tuple[str, ...] = ()) -> tuple[L.LightningModule, L.LightningDataModule, dict[str, Any]]:
     """The method with its trained weights, its datamodule, and the recipe they were made from.
 

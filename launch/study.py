@@ -20,12 +20,13 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from components.checks import check_counts
 from launch.checkpoints import LAST, load_checkpoint
 from launch.errors import CommandLineError, Stopped
 from launch.files import write_json, write_text
+from launch.recipes import only_checkpoint
 from launch.report import REFERENCES, write_report
 from launch.runs import RUN_FILE
 from launch.values import check_values
@@ -70,6 +71,8 @@ def _run_study(folder: Path, overrides: list[str]) -> None:
             f"ckpt_path={config.ckpt_path}: expected without -m; a sweep's runs are resumed one by one, by folder."
         )
     check_counts(num_seeds=config.num_seeds)
+    if not isinstance(config.init_parts, ListConfig | None) or (config.init_parts and config.init_from is None):
+        raise CommandLineError(f"init_parts={config.init_parts}: expected a list such as [encoder], with init_from.")
     runs = list(_runs(config, folder))
     started_from = _checkpoint_argument(config, runs)
     configs = {run: run_config(run, overrides) for run in runs}
@@ -111,6 +114,8 @@ def build(
     resume = checkpoint if checkpoint.exists() else None
     if resume is None and run.folder.exists():
         _say(f"{run.arm}, seed {run.seed}: stopped before its first checkpoint, starts over.")
+    if resume is None and config.init_from is not None:
+        _say(f"{run.arm}, seed {run.seed}: {_begin(module, config)}")
     if resume is not None:
         saved = _check(resume, module)
         _say(f"{run.arm}, seed {run.seed}: resuming after {saved['updates']} updates{_changes(saved, module.recipe)}.")
@@ -136,6 +141,24 @@ def _measure_references(datamodule: L.LightningDataModule, folder: Path) -> None
     """Write the scores that the datamodule offers to compare with, once for all runs."""
     if hasattr(datamodule, "references") and not (folder / REFERENCES).exists():
         write_json(folder / REFERENCES, datamodule.references())
+
+
+def _begin(module: L.LightningModule, config: DictConfig) -> str:
+    """Give a new run the weights of another; says which.
+
+    Raises:
+        FileNotFoundError, ValueError: `init_from` or `init_parts` names what is not there or does not fit.
+    """
+    path = only_checkpoint(str(config.init_from), "init_from")
+    saved = load_checkpoint(path, "init_from")
+    parts = None if config.init_parts is None else [str(part) for part in config.init_parts]
+    try:
+        found = module.begin_from(saved, parts)
+    except ValueError as error:
+        raise ValueError(f"init_from={path}: {error}") from error
+    named = "; ".join(f"{what}: {', '.join(names) or 'nothing'}" for what, names in found.items())
+    updates = saved["learning_method"]["updates"]
+    return f"no resumption, but a new run that begins with weights of {path} after {updates} updates ({named})."
 
 
 def _check(checkpoint: Path, module: L.LightningModule) -> dict[str, Any]:

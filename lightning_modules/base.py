@@ -18,6 +18,7 @@ from torch import Tensor
 
 from components.checks import check_counts
 from components.distributed import average_, rank, world_size
+from components.networks.states import difference, select, words
 
 # Lightning asks for GPUs to be counted through NVML, and optimisers count them at every step: that would cost each step
 # 0.2 ms on a machine without a GPU.
@@ -339,11 +340,36 @@ class LearningMethod(L.LightningModule, ABC):
         found = checkpoint.get("learning_method", {}).get("class", "no learning method")
         if found != type(self).__name__:
             raise ValueError(f"The checkpoint holds {found}, expected {type(self).__name__}.")
-        saved, own = checkpoint["state_dict"], self.state_dict()
-        for name in [*own, *saved]:
-            shapes = [str(list(state[name].shape)) if name in state else "nothing" for state in (saved, own)]
-            if shapes[0] != shapes[1]:
-                raise ValueError(f"The checkpoint's {name} is {shapes[0]}, expected {shapes[1]}.")
+        differing = difference(checkpoint["state_dict"], self.state_dict())
+        if differing is not None:
+            raise ValueError(f"{differing}.")
+
+    progress: tuple[str, ...] = ()
+    """What names of state begin with that says how far a run has come: `begin_from` leaves it."""
+
+    def begin_from(self, checkpoint: Mapping[str, Any], parts: Sequence[str] | None = None) -> dict[str, list[str]]:
+        """Take the state of another run, of whatever method: weights, targets, running averages; no optimiser or clock.
+
+        Args:
+            parts: of the state, see `components.networks.states.select`; None for all.
+
+        Returns:
+            Parts of which something was ``taken``, was ``left`` as it was made, or went ``unused``.
+
+        Raises:
+            ValueError: what is to be taken has other names or shapes.
+        """
+        saved, own = (
+            {name: tensor for name, tensor in state.items() if not name.startswith(self.progress)}
+            for state in (checkpoint["state_dict"], self.state_dict())
+        )
+        taken = select(saved, own, parts)
+        self.load_state_dict(taken, strict=False)
+        return {
+            "taken": words(taken),
+            "left": words(name for name in own if name not in taken),
+            "unused": words(name for name in saved if name not in taken),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_checkpoint(checkpoint)

@@ -47,6 +47,7 @@ class ClassIncremental(LearningMethod):
     """
 
     progress_bar_metrics = ("loss", "accuracy")
+    progress = ("task", "seen", "accuracies", "overall")
 
     def __init__(
         self,

@@ -65,6 +65,7 @@ class ExpertTraining(LearningMethod):
     """
 
     progress_bar_metrics = ("accuracy", "loss")
+    progress = ("best_",)
 
     def __init__(
         self,
@@ -255,3 +256,7 @@ class ExpertTraining(LearningMethod):
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         super().check_checkpoint(checkpoint)
         self.language.check_base(checkpoint["learning_method"]["base"])
+
+    def begin_from(self, checkpoint: Mapping[str, Any], parts: Sequence[str] | None = None) -> dict[str, list[str]]:
+        self.language.check_base(checkpoint["learning_method"].get("base", "of another method"))
+        return super().begin_from(checkpoint, parts)

@@ -267,3 +267,20 @@ def test_counts_that_do_not_divide_each_other_are_refused(settings):
 
     with pytest.raises(ValueError, match=r"(updates|log_every)=3 is no multiple of updates_per_step=2"):
         Plain()
+
+
+def test_a_run_that_begins_from_another_takes_its_weights_and_no_progress(tmp_path):
+    torch.manual_seed(0)
+    done = fit(tmp_path, Toy())
+    checkpoint = load_checkpoint(tmp_path / "last.ckpt")
+    method = OtherToy()  # a resumption would refuse it
+    found = method.begin_from(checkpoint)
+    assert found == {"taken": ["net"], "left": [], "unused": []}
+    assert torch.equal(method.net.weight, done.net.weight)
+    assert (method.updates, method.env_steps, method.optimizer.state_dict()["state"]) == (0, 0, {})
+    method = OtherToy()
+    method.progress = ("net.bias",)
+    before = method.net.bias.clone()
+    assert method.begin_from(checkpoint)["taken"] == ["net"]
+    assert torch.equal(method.net.weight, done.net.weight)
+    assert torch.equal(method.net.bias, before)

@@ -36,6 +36,18 @@ def batch(classes: int = 2, count: int = 12, pairs: bool = False, seed: int = 0)
     return TensorDict(content, batch_size=[count])
 
 
+def test_another_run_gives_its_network_and_the_first_task_begins():
+    module = made()
+    module.begin_task(0, 2)
+    module.update(batch())
+    other = made(task_updates=[4, 6])  # as many as accuracies are kept of
+    other.begin_from({"state_dict": module.state_dict()})
+    found, expected = other.network.state_dict(), module.network.state_dict()
+    assert found
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert (int(other.task), int(other.seen.sum())) == (-1, 0)
+
+
 def test_loss_is_the_cross_entropy_of_classes_seen():
     module = made()
     module.begin_task(0, 2)

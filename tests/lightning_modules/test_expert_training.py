@@ -258,6 +258,20 @@ def test_an_expert_goes_on_where_it_was(made, tmp_path):
         made("lora", expert=str(tmp_path / "expert.safetensors"))
 
 
+def test_another_run_gives_its_parameters_and_not_what_was_best_in_it(made):
+    module = made()
+    module.best_validation.fill_(90.0)  # of other questions: nothing would ever be kept again
+    module.update(batch())
+    checkpoint = {"state_dict": module.state_dict(), "learning_method": {"base": module.language.base_checksum}}
+    other = made()
+    assert other.begin_from(checkpoint) == {"taken": ["language"], "left": [], "unused": []}
+    assert other.best_validation == -torch.inf
+    for name, p in module.language.adapter.parameters.items():
+        assert torch.equal(other.language.adapter.parameters[name], p)
+    with pytest.raises(ValueError, match=f"adapts the model abc, expected {module.language.base_checksum}"):
+        other.begin_from({**checkpoint, "learning_method": {"base": "abc"}})
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
