@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from components.checks import check_counts
+from components.files import replacing
 
 
 class CodecExport(L.Callback):
@@ -64,6 +65,6 @@ class Reconstructions(L.Callback):
                 for axis, image in zip(own_axes, images):
                     pixels = image.permute(1, 2, 0).numpy()
                     axis.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=255)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(self.folder / "reconstructions.png", dpi=110)
+        with replacing(self.folder / "reconstructions.png") as temporary:
+            figure.savefig(temporary, dpi=110)
         self._rows = {}

@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
+from components.files import replacing
 from launch.files import write_json
 from launch.report import COMPLETIONS
 
@@ -112,6 +113,6 @@ class Confusion(L.Callback):
         axis.set_xticks(range(len(self._columns)), self._columns, fontsize=8)
         axis.set_yticks(range(len(shares)), self._rows, fontsize=8)
         axis.set_title("taken for, in %", fontsize=9)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(self.folder / "confusion.png", dpi=120)
+        with replacing(self.folder / "confusion.png") as temporary:
+            figure.savefig(temporary, dpi=120)
         self._rows = {}

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from components.checks import check_counts
+from components.files import replacing
 from components.networks.signal_mixing import discontinuity_score
 
 
@@ -74,5 +75,5 @@ class FeatureGradients(L.Callback):
             axis.imshow(self._gradient[index].numpy(), cmap="RdBu_r", vmin=-largest, vmax=largest)
             axis.set_axis_off()
             axis.set_title(f"map {index}", fontsize=8)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(self.folder / "feature_gradients.png", dpi=110)
+        with replacing(self.folder / "feature_gradients.png") as temporary:
+            figure.savefig(temporary, dpi=110)

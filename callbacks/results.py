@@ -1,6 +1,8 @@
 """What an evaluated run leaves behind: its scores, and films of it."""
 
+import errno
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
+from components.files import replacing
 from launch.files import write_json
 
 
@@ -67,8 +70,8 @@ class RewardCurves(L.Callback):
             axis.grid(alpha=0.3)
         for axis in axes[len(self._curves) :]:
             axis.set_axis_off()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(self.folder / "rewards.png", dpi=110)
+        with replacing(self.folder / "rewards.png") as temporary:
+            figure.savefig(temporary, dpi=110)
 
 
 FRAMES_PER_SECOND = 20
@@ -116,11 +119,13 @@ class Films(L.Callback):
     def _film(self, camera: Any, name: str, physics: torch.Tensor) -> None:
         import imageio.v2 as imageio
 
-        self.folder.mkdir(parents=True, exist_ok=True)
         stride = max(1, round(camera.steps_per_second / FRAMES_PER_SECOND))
         steps = min(len(physics) - 1, int(self.seconds * camera.steps_per_second))
         frames = [camera(physics[step]) for step in range(0, steps + 1, stride)]
-        imageio.mimwrite(self.folder / f"{name}.mp4", frames, fps=camera.steps_per_second / stride)
+        with replacing(self.folder / f"{name}.mp4") as temporary:
+            imageio.mimwrite(temporary, frames, fps=camera.steps_per_second / stride, ffmpeg_log_level="quiet")
+            if b"moov" not in temporary.read_bytes():  # a film's index is written last, and a full disk is not reported
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         moments = torch.linspace(0, len(physics) - 1, self.moments).round().long()
         self._strips[name] = [camera(physics[moment]) for moment in moments]
 
@@ -138,5 +143,6 @@ class Films(L.Callback):
                 axis.imshow(frame)
                 axis.set_axis_off()
             row[0].set_title(name, loc="left", fontsize=9)
-        figure.savefig(self.folder / "contact_sheet.png", dpi=100)
+        with replacing(self.folder / "contact_sheet.png") as temporary:
+            figure.savefig(temporary, dpi=100)
         self._strips = {}

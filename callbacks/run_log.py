@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+from components.files import naming, replacing
 
 CLOCKS = ("updates", "env_steps", "seconds")
 
@@ -59,21 +60,20 @@ class RunLog(Logger):
     @rank_zero_only
     def rewind(self, updates: int) -> None:
         """Drop every row after the given number of updates."""
-        for path in self.folder.glob("*.csv"):
+        for path in self.folder.glob("[!.]*.csv"):
             header, rows = read_rows(path)
             _write_whole(path, header, [row for row in rows if int(row["updates"]) <= updates])
 
     def _append(self, path: Path, row: Mapping[str, float]) -> None:
         header = self._headers.get(path)
         if header is None or set(row) - set(header):
-            path.parent.mkdir(parents=True, exist_ok=True)
             known, rows = read_rows(path) if path.exists() else ([], [])
             header = self._headers[path] = [*known, *(name for name in row if name not in known)]
             _write_whole(path, header, [*rows, row])
             return
         line = io.StringIO()
         csv.DictWriter(line, header).writerow(row)
-        with open(path, "a") as file:  # one write: a kill leaves at most one torn line at the end
+        with naming(path), open(path, "a") as file:  # one write: a kill leaves at most one torn line at the end
             file.write(line.getvalue())
 
 
@@ -87,11 +87,7 @@ def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def _write_whole(path: Path, header: list[str], rows: list[Mapping[str, Any]]) -> None:
-    temporary = path.with_name(f".{path.name}.saving")
-    with open(temporary, "w", newline="") as file:
+    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, header, restval="")
         writer.writeheader()
         writer.writerows(rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -1,11 +1,12 @@
 """Writing checkpoints so that a kill at any instant leaves a whole one, and finding them again."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from components.files import replacing
 
 LAST = "last.ckpt"
 
@@ -14,14 +15,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Saves beside the destination and renames; loads tensors and plain types only."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.saving")
-        with open(temporary, "wb") as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:  # of a file by name, torch knows no reason
             torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
@@ -43,6 +38,8 @@ def load_checkpoint(path: str | Path, key: str = "ckpt_path") -> dict[str, Any]:
         raise FileNotFoundError(f"{key}={path}: expected a checkpoint file, found none.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
     except Exception as error:  # torch raises many types for many kinds of damage
         raise ValueError(f"{key}={path}: expected a whole checkpoint, found a damaged or foreign file.") from error
     if not isinstance(checkpoint, dict) or "learning_method" not in checkpoint:

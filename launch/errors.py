@@ -135,7 +135,10 @@ def _report(error: BaseException) -> tuple[int, str] | None:
         return 2, f"{_one_line(error)}."
     if isinstance(error, ModuleNotFoundError):
         return 1, f"{_one_line(error)}: {missing_package(error)}."
-    if isinstance(error, ValueError | FileNotFoundError):
+    if isinstance(error, OSError) and error.errno is not None:
+        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        return 1, f"{where}expected to read or write it, found: {error.strerror}."
+    if isinstance(error, ValueError | OSError):
         return 1, f"{_one_line(error)}."
     return None
 

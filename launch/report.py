@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from components.files import replacing
 from launch.files import write_json, write_text
 
 REFERENCES = "references.json"
@@ -226,4 +227,5 @@ def _plot(
     labels = list(entries)
     fitting = max(2, int(figure.get_figwidth() / 2))
     figure.legend(entries.values(), labels, loc="outside lower center", ncols=min(fitting, len(labels)), fontsize=8)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from components.coding.image_codec import ImageCodec
+from components.files import replacing
 
 
 class ImageStore(ABC):
@@ -369,12 +370,9 @@ class ExemplarMemory:
         return torch.cat(items) if torch.is_tensor(items[0]) else [item for own in items for item in own]
 
     def save(self, path: str | Path) -> None:
-        """Write the file, beside its destination first."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.saving")
-        temporary.write_bytes(self.file)
-        temporary.replace(path)
+        """Write the file, atomically."""
+        with replacing(path) as temporary:
+            temporary.write_bytes(self.file)
 
     def load(self, file: bytes, classes: int, name: str) -> None:
         """Take over what the bytes of another memory's `file` hold of so many classes; no bytes are no exemplars.

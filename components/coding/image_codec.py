@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from components.coding.code_models import CategoricalVAE
 from components.coding.code_streams import BitsBack, CodeStream, FixedLength, StaticFrequencies
 from components.coding.vqvae import DiscreteAutoencoder
+from components.files import replacing
 
 STREAMS = ("fixed", "static", "bits_back")
 _CHUNK = 500
@@ -98,12 +99,9 @@ class ImageCodec(nn.Module):
         return found
 
     def save(self, path: str | Path) -> None:
-        """Write the weights to a safetensors file."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.saving")
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, temporary)
-        temporary.replace(path)
+        """Write the weights to a safetensors file, atomically."""
+        with replacing(path) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, temporary)
 
     def load(self, path: str | Path) -> "ImageCodec":
         """Read what `save` wrote, and freeze.

@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from components.files import replacing
+
 FORMAT = "tenfold expert 1"
 
 
@@ -37,14 +39,11 @@ class Expert:
     rescale: str
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, beside its destination first."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.saving")
+        """Write a safetensors file, atomically."""
         about = {"base": self.base, "task": self.task, "largest": self.largest, "rescale": self.rescale}
         # One entry alone: of several the order, and with it the file, would be another each time.
-        save_file({name: z.contiguous() for name, z in self.scales.items()}, temporary, {FORMAT: json.dumps(about)})
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            save_file({name: z.contiguous() for name, z in self.scales.items()}, temporary, {FORMAT: json.dumps(about)})
 
     @staticmethod
     def load(path: str | Path, base: str | None = None) -> "Expert":

@@ -8,8 +8,6 @@ import hashlib
 import importlib.metadata
 import io
 import json
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from components.files import replacing
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
@@ -170,13 +170,13 @@ def _convert(file: Path, path: Path) -> None:
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
     try:
-        temporary.replace(path)
-    except OSError:  # another process was first
-        shutil.rmtree(temporary)
+        with replacing(path, shared=True) as temporary:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+    except OSError:
+        if not path.is_dir():  # otherwise another process was first
+            raise
 
 
 def _computes_bfloat16() -> bool:

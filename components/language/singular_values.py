@@ -8,7 +8,6 @@ Dimensions: o rows and i columns of a weight, r = min(o, i).
 
 import contextlib
 import hashlib
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +15,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from components.files import replacing
 
 RESCALES = ("nuclear", "none")
 PARAMETRIZATIONS = ("sigmoid", "direct")
@@ -58,10 +59,8 @@ def decompose(weight: Tensor, cache: str | Path | None = None) -> SVD:
     # Contiguous, as they are read again: products would round differently.
     svd = SVD(*(part.to(weight.device).contiguous() for part in parts))
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")  # processes may save at once
-        save_file(svd._asdict(), temporary)
-        temporary.replace(path)
+        with replacing(path, shared=True) as temporary:
+            save_file(svd._asdict(), temporary)
     return svd
 
 

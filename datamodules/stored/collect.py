@@ -115,7 +115,7 @@ def _collect(
     expected_seconds: float,
 ) -> None:
     partial.mkdir(exist_ok=True)
-    for leftover in [*partial.glob(".*.saving-*"), *folder.parent.glob(f".{folder.name}.saving-*")]:
+    for leftover in [*partial.glob(".saving-*"), *folder.parent.glob(f".saving-*.{folder.name}")]:
         shutil.rmtree(leftover)  # of a killed process: under the lock nobody else is writing
     shards = [partial / f"shard-{number:05d}" for number in range(recipe["shards"])]
     missing = [number for number, shard in enumerate(shards) if not shard.exists()]

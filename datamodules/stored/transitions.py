@@ -10,8 +10,6 @@ Legend: n transitions, E episodes, O observation size, A action size, R reward c
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +20,8 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 from torch import Tensor
+
+from components.files import replacing
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -148,7 +148,7 @@ def write_dataset(folder: str | Path, parts: Sequence[TransitionDataset], manife
 
     Episodes are numbered through. The files are written and flushed in a hidden folder beside `folder`, which is then
     renamed: a process killed at any instant leaves either no `folder` or a whole one (and perhaps the hidden
-    `.NAME.saving-PID`, which may be deleted).
+    `.saving-PID.NAME`, which may be deleted).
 
     Args:
         folder: must not exist yet; its parents are made.
@@ -163,11 +163,8 @@ def write_dataset(folder: str | Path, parts: Sequence[TransitionDataset], manife
     if folder.exists():
         raise FileExistsError(f"{folder}: expected no such folder yet, found one; nothing was written.")
     _check_parts(parts)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.saving-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with replacing(folder, shared=True) as temporary:
+        temporary.mkdir()
         files = {
             name: _write_npy(temporary / f"{name}.npy", _chunks(parts, name))
             for name in _DTYPES
@@ -183,15 +180,7 @@ def write_dataset(folder: str | Path, parts: Sequence[TransitionDataset], manife
             "action_dim": parts[0].action_dim,
             "files": files,
         }
-        with open(temporary / MANIFEST, "w") as file:
-            json.dump(complete, file, indent=2, sort_keys=True)
-            _flush(file)
-        _flush_folder(temporary)
-        os.rename(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    _flush_folder(folder.parent)
+        (temporary / MANIFEST).write_text(json.dumps(complete, indent=2, sort_keys=True))
 
 
 def _key(name: str) -> str | tuple[str, ...]:
@@ -268,7 +257,6 @@ def _write_npy(path: Path, chunks: list[np.ndarray]) -> dict[str, Any]:
         for chunk in chunks:
             file.write(chunk.data.cast("B"))
         size = file.tell()
-        _flush(file)
     return {"shape": list(shape), "dtype": str(chunks[0].dtype), "bytes": size, "crc32": _crc32(chunks)}
 
 
@@ -323,16 +311,3 @@ def _crc32(chunks: list[np.ndarray]) -> str:
     for chunk in chunks:
         value = zlib.crc32(chunk.data.cast("B"), value)
     return f"{value:08x}"
-
-
-def _flush(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

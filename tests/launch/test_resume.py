@@ -81,7 +81,7 @@ def test_program_says_what_it_does_and_where(uninterrupted, interrupted):
     assert first.startswith("fb_overdrive: ")
     assert last == str(interrupted["folder"])
     assert (uninterrupted / "report.md").exists()
-    assert not list(uninterrupted.rglob("*.saving"))
+    assert not list(uninterrupted.rglob(".saving*"))
     assert not list(uninterrupted.rglob("*.log"))
 
 

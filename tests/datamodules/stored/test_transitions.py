@@ -91,7 +91,7 @@ def test_failed_save_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("datamodules.stored.transitions.os.rename", fail)
+    monkeypatch.setattr("components.files.os.replace", fail)
     with pytest.raises(OSError, match="no space"):
         make_dataset().save(tmp_path / "set")
     assert list(tmp_path.iterdir()) == []

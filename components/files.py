@@ -1,0 +1,110 @@
+"""Files and folders that are either whole or absent."""
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | Path, *, shared: bool = False) -> Iterator[Path]:
+    """Where to write a file or a folder, which takes the place of `path` once it is whole and on the disk.
+
+    A kill at any instant, a full disk or any other error leaves what was there before, and no half of what was to
+    come; what a killed process left goes when the same is written next.
+
+    Args:
+        path: its folder is made if need be. A folder takes the place of nothing or of an empty one only.
+        shared: other processes may write the same at this time; each of them has a place of its own then.
+
+    Raises:
+        OSError: the system refused something; `filename` is `path`, or a folder that could not be made.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".saving{f'-{os.getpid()}' * shared}.{path.name}")
+    with naming(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove(temporary)
+            yield temporary
+            _flush(temporary)
+            os.replace(temporary, path)
+            _flush_one(path.parent)
+        except BaseException as error:
+            with suppress(OSError):
+                _remove(temporary)
+            if isinstance(error, OSError) and str(error.filename).startswith(str(temporary)):
+                error.filename = str(path)  # the one that is known to others
+            raise
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Have errors of the system say which file they are about, and be what they are whatever a library made of them."""
+    try:
+        yield
+    except Exception as error:
+        system = _system_error(error)
+        if system is None or system.filename is not None:
+            raise
+        raise OSError(system.errno, system.strerror, str(path)) from error
+
+
+def _system_error(error: Exception) -> OSError | None:
+    """The error of the system that an error is or comes from: most libraries have an OSError of it, but not all."""
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):  # torch
+        error = error.__context__
+    if isinstance(error, OSError):
+        return None if error.errno is None else error
+    found = re.search(r"\(os error (\d+)\)$", str(error))  # what is written in Rust, such as safetensors
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
+
+
+def reserve(folder: str | Path) -> None:
+    """Give all files in a folder the room on the disk that their sizes promise.
+
+    A file that is mapped into memory has none at first: where the disk is full when a page is written, the system ends
+    the process without a word.
+
+    Raises:
+        ValueError: the disk has not enough; says how many bytes are needed and how many are free.
+    """
+    files = [(path, path.stat()) for path in Path(folder).rglob("*") if path.is_file()]
+    needed = sum(max(0, found.st_size - 512 * found.st_blocks) for _, found in files)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(f"{folder}: expected {needed} bytes of free space for what is to be stored, found {free}.")
+    if not hasattr(os, "posix_fallocate"):  # to have looked is all that can be done
+        return
+    for path, found in files:
+        if not found.st_size:
+            continue
+        with naming(path), open(path, "r+b") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, found.st_size)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # of a file system that can't
+                    raise
+
+
+def _flush(path: Path) -> None:
+    for part in (*path.rglob("*"), path):
+        _flush_one(part)
+
+
+def _flush_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
