@@ -5,12 +5,15 @@ Dimensions: R places of a ring, N environments, n steps of a return, S pictures 
 
 import json
 import math
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
+
+from components.files import reserve
 
 STORAGES = ("memory", "memmap")
 _NUMBER = "step"
@@ -46,10 +49,16 @@ class Ring:
         self._numbers: Tensor | None = None
 
     def _create_files(self) -> None:
-        marks = TensorDict({_NUMBER: torch.full((self.length,), -1)}, batch_size=[self.length])
+        marks = TensorDict({_NUMBER: torch.zeros(self.length, dtype=torch.int64)}, batch_size=[self.length])
         self.folder.mkdir(parents=True, exist_ok=True)
         self._files = self._layout.memmap_like(self.folder / "steps")
-        self._numbers = marks.memmap(self.folder / "numbers")[_NUMBER]
+        self._numbers = marks.memmap_like(self.folder / "numbers")[_NUMBER]
+        try:
+            reserve(self.folder)
+        except Exception:
+            shutil.rmtree(self.folder)  # there is nothing in it yet
+            raise
+        self._numbers.fill_(-1)
 
     def _make_room(self) -> None:
         self.data = self._files
@@ -110,6 +119,7 @@ class Ring:
             raise FileNotFoundError(f"{self.folder}: expected the replay data of the checkpoint, found none.")
         _check_files(self.folder / "steps", self._layout.keys(True, True))
         _check_files(self.folder / "numbers", [_NUMBER])
+        reserve(self.folder)  # a copy may have less room than its original had
         self._files = TensorDict.load_memmap(self.folder / "steps")
         self._numbers = TensorDict.load_memmap(self.folder / "numbers")[_NUMBER]
         self._make_room()
@@ -273,7 +283,7 @@ class ReplayBuffer:
 
     def commit(self) -> int:
         """Make everything written so far outlast this process; returns the bytes that had to be written."""
-        return self._steps.commit() + (0 if self._frames is None else self._frames.commit())
+        return (0 if self._frames is None else self._frames.commit()) + self._steps.commit()
 
     def restore(self, written: int) -> None:
         """Show what was there when so many steps had been written.

@@ -1,3 +1,5 @@
+import subprocess
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -286,3 +288,27 @@ def test_returns_of_a_short_episode(tmp_path):
     for stack in first:
         assert torch.equal(stack[:2], stack[2:4])
         assert torch.equal(stack[:2], stack[4:])
+
+
+def test_a_full_disk_is_said_before_anything_is_written(small_disk, storage):
+    folder = small_disk / "replay"
+    buffer = ReplayBuffer(EXAMPLE, 3 * 300_000, margin=4, folder=folder, storage=storage)
+
+    def write() -> None:
+        buffer.extend(steps(0, 5))
+        buffer.commit()
+
+    with pytest.raises(ValueError, match=rf"^{folder}: expected \d{{8}} bytes of free space .*, found 83\d{{5}}\.$"):
+        write()
+    assert not list(small_disk.iterdir())
+
+
+def test_files_have_their_room_also_when_they_were_copied(tmp_path, storage):
+    buffer = ReplayBuffer(EXAMPLE, 3 * 5000, margin=4, folder=tmp_path / "first", storage=storage)
+    buffer.extend(steps(0, 5))
+    buffer.commit()
+    subprocess.run(["cp", "--recursive", "--sparse=always", tmp_path / "first", tmp_path / "copy"], check=True)
+    ReplayBuffer(EXAMPLE, 3 * 5000, margin=4, folder=tmp_path / "copy", storage=storage).restore(5)
+    for file in [file for file in tmp_path.rglob("*") if file.is_file()]:
+        found = file.stat()
+        assert 512 * found.st_blocks >= found.st_size, file
