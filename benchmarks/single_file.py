@@ -1,4 +1,4 @@
-"""SAC and generalised pessimism learning as the fastest single-file scripts write them: the peer of the framework.
+"""SAC, REDQ and generalised pessimism learning as the fastest single-file scripts write them: the framework's peers.
 
 Plain PyTorch and nothing of this project: modules, fused Adam, `backward`, updates of target networks by `foreach`,
 batches indexed from tensors. The updates are those of `lightning_modules.actor_critic`, number for number
@@ -118,6 +118,9 @@ class SAC:
     def value(self, q: Tensor) -> Tensor:
         return torch.minimum(q[0], q[1])
 
+    def target_value(self, observation: Tensor, action: Tensor) -> Tensor:
+        return self.value(self.targets(observation, action))
+
     def learn_pessimism(self, errors: Tensor) -> None:
         pass
 
@@ -127,7 +130,7 @@ class SAC:
     def critic_loss(self, observation: Tensor, action: Tensor, next_observation: Tensor, reward: Tensor, end: Tensor):
         with torch.no_grad():
             next_action, log_prob = self.actor(next_observation)
-            value = self.value(self.targets(next_observation, next_action)) - self.log_alpha.exp() * log_prob
+            value = self.target_value(next_observation, next_action) - self.log_alpha.exp() * log_prob
             target = reward + DISCOUNT * (1 - end) * value
         errors = self.critics(observation, action) - target
         return 0.5 * errors.square().sum(0).mean(), errors.detach()
@@ -160,6 +163,33 @@ class SAC:
     @torch.no_grad()
     def update_targets(self) -> None:
         torch._foreach_lerp_(list(self.targets.parameters()), list(self.critics.parameters()), TARGET_RATE)
+
+
+class SeparateCritics(nn.ModuleList):
+    """Critics one after the other, which one thread goes through faster than through a batched product."""
+
+    def __init__(self, in_features: int, members: int, width: int) -> None:
+        super().__init__(
+            nn.Sequential(
+                nn.Linear(in_features, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1)
+            )
+            for _ in range(members)
+        )
+
+    def forward(self, observation: Tensor, action: Tensor, members: list[int] | None = None) -> Tensor:
+        x = torch.cat([observation, action], -1)
+        asked = self if members is None else [self[member] for member in members]
+        return torch.stack([critic(x).squeeze(-1) for critic in asked])  # [P, B]
+
+
+class REDQ(SAC):
+    """Targets are the minimum of two critics drawn for each; the actor climbs the mean of all."""
+
+    def target_value(self, observation: Tensor, action: Tensor) -> Tensor:
+        return self.targets(observation, action, torch.randperm(len(self.targets))[:2].tolist()).amin(0)
+
+    def value(self, q: Tensor) -> Tensor:
+        return q.mean(0)
 
 
 class GPL(SAC):

@@ -4,11 +4,11 @@
 
 Prints, for forward-backward agents at the sizes of `experiment=fb_humanoid` (and of the paper where there is a GPU),
 the bare `update` eager and compiled, and the whole Lightning loop around the same update on the same data; the overhead
-of the framework is the loop's time per update over the bare update's. For SAC (two critics 256-256, batch 256) and
-generalised pessimism learning (ten "modern" critics of 256, the actor after every twentieth update), the Lightning loop
-with batches from the replay buffer beside the loops of `benchmarks.single_file`, which make the same updates. For
-agents that see pictures, without a regulariser, with random shifts and with signal mixing, the bare `update` eager and
-compiled. All that is compared takes turns in one run.
+of the framework is the loop's time per update over the bare update's. For SAC (two critics 256-256, batch 256), REDQ
+(ten such critics) and generalised pessimism learning (ten "modern" critics of 256), the last two with the actor after
+every twentieth update, the Lightning loop with batches from the replay buffer beside the loops of
+`benchmarks.single_file`, which make the same updates. For agents that see pictures, without a regulariser, with random
+shifts and with signal mixing, the bare `update` eager and compiled. All that is compared takes turns in one run.
 """
 
 import argparse
@@ -26,7 +26,16 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 
-from benchmarks.single_file import GPL, SAC, Batch, ModernCritics, SimpleCritics, make_training
+from benchmarks.single_file import (
+    GPL,
+    REDQ,
+    SAC,
+    Batch,
+    ModernCritics,
+    SeparateCritics,
+    SimpleCritics,
+    make_training,
+)
 from datamodules.replay import ReplayBuffer
 from datamodules.sampling import UniformBatches, batch_generator
 from launch.experiments import CONFIGS
@@ -268,6 +277,12 @@ def main() -> None:
         ["module=actor_critic", "datamodule=online", "datamodule.updates_per_step=10"],
         lambda: SAC(17, 6, SimpleCritics(23, 2, 256), 256),
         "SAC, two critics 256-256",
+        **extent,
+    )
+    report_actor_critic(
+        ["module=redq", "datamodule=online", "module.actor_every=20", "datamodule.updates_per_step=20"],
+        lambda: REDQ(17, 6, SeparateCritics(23, 10, 256), 256),
+        "REDQ, ten critics 256-256, actor every 20 updates",
         **extent,
     )
     report_actor_critic(

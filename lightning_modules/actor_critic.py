@@ -124,6 +124,7 @@ class ActorCritic(LearningMethod):
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False) if target_actor else None
 
+        self.members = members
         self.discount = discount
         self.critic_loss_weight = critic_loss_weight
         self.target_rate = target_rate
@@ -218,7 +219,7 @@ class ActorCritic(LearningMethod):
         else:
             next_action, log_prob = (self.target_actor or self.actor).bootstrap(features)
             bonus = -(self.alpha() * log_prob)[:, None]
-        q = self.target_critic(features, next_action)
+        q = self.target_critic(features, next_action, self.pessimism.target_members(self.members, features.device))
         value = _checked(self.pessimism, "target", self.pessimism.target(q), q.shape[1:]) + bonus
         assert batch["next", "reward"].shape == (len(value), 1)  # or they would broadcast
         steps = batch.get("steps_to_next_obs", None)
@@ -235,7 +236,7 @@ class ActorCritic(LearningMethod):
     def actor_loss(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """alpha log pi - value, averaged, and the log-densities [B]."""
         action, log_prob = self.actor.improve(features)
-        q = self.critic(features, action)
+        q = self.critic(features, action, self.pessimism.actor_members(self.members, features.device))
         value = _checked(self.pessimism, "actor", self.pessimism.actor(q), q.shape[1:2])
         return (self.alpha() * log_prob - value).mean(), log_prob
 
@@ -274,7 +275,8 @@ class ActorCritic(LearningMethod):
         """What the critics say on average, and what the targets would make of it: both [B]."""
         with evaluating(self.encoder), evaluating(self.critic):
             q = self.critic(self.encoder(observation), action)
-        return q.mean((0, 2)), self.pessimism.target(q).mean(-1)
+        chosen = self.pessimism.target_members(self.members, q.device)
+        return q.mean((0, 2)), self.pessimism.target(q if chosen is None else q[chosen]).mean(-1)
 
     @torch.no_grad()
     def fit(self, batch: TensorDict) -> TensorDict:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from components.networks.ensemble import EnsembleMLP, Members
+
 
 class Critics(nn.Module):
     """An ensemble of critics of features and actions, [B, F] and [B, A] -> [P, B, M].
@@ -33,10 +35,15 @@ class Critics(nn.Module):
         width = features if self.trunk is None else self.trunk.out_features
         self.network = network(width + action_dim, quantiles, members)
 
-    def forward(self, features: Tensor, action: Tensor) -> Tensor:
+    def forward(self, features: Tensor, action: Tensor, members: Members = None) -> Tensor:
+        """What critics say, all of them or `members` alone."""
         if self.trunk is not None:
             features = self.trunk(features)
-        return self.network(torch.cat([features, action], -1))
+        x = torch.cat([features, action], -1)
+        if members is None:
+            return self.network(x)
+        # Other networks may keep their members in other ways, or change as they are evaluated.
+        return self.network(x, members) if isinstance(self.network, EnsembleMLP) else self.network(x)[members]
 
 
 def critic_loss(q: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

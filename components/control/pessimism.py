@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from components.checks import check_counts
+from components.networks.ensemble import Members
 
 
 def pairwise_disagreement(x: Tensor) -> Tensor:
@@ -64,6 +65,14 @@ class Pessimism(nn.Module, ABC):
     def actor(self, q: Tensor) -> Tensor:
         """The value that the actor climbs, [B], from the critics' q [P, B, M]."""
 
+    def target_members(self, members: int, device: torch.device) -> Members:
+        """Which of so many target critics `target` is given, asked anew for each target; None for all."""
+        return None
+
+    def actor_members(self, members: int, device: torch.device) -> Members:
+        """Which of so many critics `actor` is given."""
+        return None
+
     def loss(self, td_error: Tensor) -> Tensor:
         """What its parameters minimise, from the critics' errors Q - y, [P, B] and without gradient."""
         raise NotImplementedError(f"{type(self).__name__} has parameters to learn, but no loss.")
@@ -94,8 +103,10 @@ class MinimumPessimism(Pessimism):
         return _ordered(q).amin(0)
 
     def actor(self, q: Tensor) -> Tensor:
-        value = q[0] if self.actor_uses == "first" else _ordered(q).amin(0)
-        return value.mean(-1)
+        return _ordered(q).amin(0).mean(-1)
+
+    def actor_members(self, members: int, device: torch.device) -> Members:
+        return slice(1) if self.actor_uses == "first" else None
 
 
 class SubsetMinimumPessimism(Pessimism):
@@ -110,11 +121,13 @@ class SubsetMinimumPessimism(Pessimism):
         check_counts(subset=subset)
         self.subset = subset
 
+    def target_members(self, members: int, device: torch.device) -> Members:
+        if self.subset > members:
+            raise ValueError(f"subset={self.subset}: expected at most the number of critics, {members}.")
+        return torch.randperm(members, device=device)[: self.subset]
+
     def target(self, q: Tensor) -> Tensor:
-        if self.subset > q.shape[0]:
-            raise ValueError(f"subset={self.subset}: expected at most the number of critics, {q.shape[0]}.")
-        chosen = torch.randperm(q.shape[0], device=q.device)[: self.subset]
-        return _ordered(q)[chosen].amin(0)
+        return _ordered(q).amin(0)
 
     def actor(self, q: Tensor) -> Tensor:
         return q.mean((0, 2))

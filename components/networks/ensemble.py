@@ -1,5 +1,7 @@
 """Ensembles of networks evaluated as batched matrix products.
 
+`Members` says which of an ensemble are asked: indices [K], a slice, or None for all.
+
 Dimensions: P ensemble members, N batch, `in`/`out` features. Every layer maps [P, N, in] -> [P, N, out]; an input
 without the leading ensemble dimension, [N, in], is shared by all members.
 """
@@ -10,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 RELU_GAIN = math.sqrt(2.0)
+
+Members = Tensor | slice | None
 
 
 def orthogonal_(weight: Tensor, gain: float = 1.0) -> Tensor:
@@ -31,10 +35,16 @@ class EnsembleLinear(nn.Module):
         self.weight = nn.Parameter(orthogonal_(torch.empty(members, in_features, out_features), gain))
         self.bias = nn.Parameter(torch.zeros(members, 1, out_features))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, members: Members = None) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if members is not None:
+            weight, bias = weight[members], bias[members]
         if x.dim() == 2:
-            x = x.expand(self.weight.shape[0], *x.shape)
-        return torch.baddbmm(self.bias, x, self.weight)
+            x = x.expand(weight.shape[0], *x.shape)
+        if weight.shape[-1] == 1 and weight.device.type == "cpu":
+            # A batched product with one column takes a CPU three times as long, forwards and backwards.
+            return (x * weight.mT).sum(-1, keepdim=True) + bias
+        return torch.baddbmm(bias, x, weight)
 
     def extra_repr(self) -> str:
         members, in_features, out_features = self.weight.shape
@@ -109,6 +119,11 @@ class EnsembleMLP(nn.Sequential):
             parts += [EnsembleLinear(members, in_features, hidden_dim, gain), nn.ReLU()]
             in_features = hidden_dim
         super().__init__(*parts, EnsembleLinear(members, in_features, out_features, last_gain))
+
+    def forward(self, x: Tensor, members: Members = None) -> Tensor:
+        for layer in self:
+            x = layer(x, members) if isinstance(layer, EnsembleLinear) else layer(x)
+        return x
 
 
 class ResidualBlock(nn.Module):

@@ -1,6 +1,8 @@
+import pytest
 import torch
 
-from components.control.critics import critic_loss
+from components.control.critics import Critics, critic_loss
+from components.networks.ensemble import EnsembleMLP, EnsembleResidualMLP
 
 
 def test_every_member_has_the_gradient_it_would_have_alone():
@@ -39,3 +41,11 @@ def test_quantiles_find_the_distribution():
     # Of a uniform distribution on [0, 10] the Huber quantile of fraction f is 9 f + 1/2 where both sides are linear.
     expected = 9 * torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9]) + 0.5
     torch.testing.assert_close(q.detach().flatten(), expected, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("network", [EnsembleMLP, EnsembleResidualMLP])
+@pytest.mark.parametrize("members", [slice(1), torch.tensor([3, 0])])
+def test_some_critics_say_what_they_say_among_all(network, members):
+    critics = Critics(5, 2, 3, 4, network).eval()
+    features, action = torch.randn(6, 5), torch.randn(6, 2)
+    assert torch.equal(critics(features, action, members), critics(features, action)[members])

@@ -96,14 +96,15 @@ def test_random_pairs_are_half_pessimism_on_average():
     torch.manual_seed(0)
     q = torch.randn(10, 3, 1)
     redq = SubsetMinimumPessimism(2)
-    average = torch.stack([redq.target(q) for _ in range(20_000)]).mean(0)
+    drawn = [redq.target_members(10, q.device) for _ in range(20_000)]
+    average = torch.stack([redq.target(q[chosen]) for chosen in drawn]).mean(0)
     torch.testing.assert_close(average, FixedPessimism(0.5).target(q), rtol=0, atol=0.02)
     torch.testing.assert_close(redq.actor(q), q.mean((0, 2)))
 
 
 def test_the_first_critic_alone():
-    q = torch.randn(2, 5, 1)
-    assert torch.equal(MinimumPessimism("first").actor(q), q[0, :, 0])
+    q, td3 = torch.randn(2, 5, 1), MinimumPessimism("first")
+    assert torch.equal(td3.actor(q[td3.actor_members(2, q.device)]), q[0, :, 0])
 
 
 def test_gradient_of_beta_is_the_mean_error():
