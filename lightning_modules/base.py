@@ -318,8 +318,9 @@ class LearningMethod(L.LightningModule, ABC):
         self._process_states = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # The counters below are the clock; Lightning's restart bookkeeping would only compete with it.
-        checkpoint.pop("loops", None)
+        # The counters below are the clock; Lightning's own, which start anew with every program, would contradict it.
+        for name in ("loops", "epoch", "global_step"):
+            checkpoint.pop(name, None)
         tallies = [[list(names), total.cpu(), count] for names, (total, count) in self._tallies.items()]
         state = {"random": random_state(), "tallies": tallies}
         states: list[Any] = [state]

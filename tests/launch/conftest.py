@@ -162,9 +162,8 @@ def checkpoint_leaves(run: Path) -> dict[str, Any]:
     assert data or made_of.endswith(
         ("RandomEpisodesDataModule", "BaseClassImages", "LanguageDataModule", "AdaptationDataModule")
     )
-    saved = {key: checkpoint[key] for key in ("state_dict", "optimizer_states", "learning_method", *data)}
-    saved["learning_method"].pop("recipe")  # holds paths
-    return dict(flat(saved))
+    checkpoint["learning_method"].pop("recipe")  # holds paths
+    return dict(flat(checkpoint))
 
 
 def timeless(metrics: dict[str, Any]) -> dict[str, Any]:
