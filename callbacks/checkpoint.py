@@ -33,7 +33,7 @@ class Checkpoint(L.Callback):
         self._seconds: list[float] = []
         self._bytes: list[int] = []
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self.every % module.updates_per_step:
             raise ValueError(
                 f"checkpoint_every={self.every} is no multiple of updates_per_step={module.updates_per_step}."

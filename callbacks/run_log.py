@@ -77,6 +77,21 @@ class RunLog(Logger):
             file.write(line.getvalue())
 
 
+def recorded(folder: Path, updates: int) -> list[dict[str, float]]:
+    """What was logged to a run's folder up to the given number of updates, in the order in which it was logged."""
+    records = []
+    for path in folder.glob("[!.]*.csv"):
+        for row in read_rows(path)[1]:
+            values = {
+                name if name in CLOCKS else f"{path.stem}/{name}": int(text) if name == "updates" else float(text)
+                for name, text in row.items()
+                if text
+            }
+            records.append(values)
+    records.sort(key=lambda record: (record["updates"], record["seconds"]))
+    return [record for record in records if record["updates"] <= updates]
+
+
 def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """Header and rows of a CSV file, without a line that was torn by a kill."""
     with open(path, newline="") as file:

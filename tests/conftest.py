@@ -68,7 +68,7 @@ def transitions() -> Callable[..., TensorDict]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_program() -> Callable[..., subprocess.CompletedProcess]:
     """Runs a program of the project as a user would and returns what it printed and its exit code."""
 

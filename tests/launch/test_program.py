@@ -2,6 +2,8 @@
 
 import csv
 
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 from callbacks.results import Films
 from datamodules.environments.batched_mujoco import BatchedMujocoEnv
 from datamodules.evaluation import EvaluationTask
@@ -46,32 +48,11 @@ def test_arms_that_are_null_are_left_out_and_what_overrides_arms_is_said(program
     assert command.endswith(f"arms.fb_aw_full=null {override} output_root={tmp_path} module.updates=5")
 
 
-WANDB = """
-import os, sys
-from pathlib import Path
-from launch.wandb_logger import logged_in, wandb_logger
-folder = Path(sys.argv[1])
-os.environ["NETRC"] = str(folder / "netrc")
-assert not logged_in()
-os.environ["WANDB_BASE_URL"] = "https://wandb.example.org"
-(folder / "netrc").write_text("machine wandb.example.org login user password " + "0" * 40)
-assert logged_in()
-os.environ["WANDB_BASE_URL"] = "https://other.example.org"
-assert not logged_in()
-os.environ["WANDB_API_KEY"] = "0" * 40
-assert logged_in()
-del os.environ["WANDB_API_KEY"]
-first, again, other = (wandb_logger("tenfold", "name", folder / name).experiment.id for name in "aab")
-assert first == again != other
-"""
-
-
-def test_wandb_logs_offline_without_an_account(spawn, two_arms, run_program, tmp_path):
-    # In processes of their own: wandb replaces the streams of the process that imports it.
+def test_wandb_and_tensorboard_log_beside_csv_without_an_account(spawn, two_arms, tmp_path):
+    # In a process of its own: wandb replaces the streams of the process that imports it.
     environment = {"NETRC": str(tmp_path / "none"), "WANDB_API_KEY": ""}
-    process = spawn(*two_arms, f"output_root={tmp_path}/runs", "module.updates=40", "logger=wandb", **environment)
-    units = run_program("-c", WANDB, str(tmp_path), WANDB_API_KEY="")
-    assert units.returncode == 0, units.stderr
+    loggers = "logger=[wandb,tensorboard]"
+    process = spawn(*two_arms, f"output_root={tmp_path}/runs", "module.updates=40", loggers, **environment)
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
     assert "wandb:" not in out
@@ -81,6 +62,9 @@ def test_wandb_logs_offline_without_an_account(spawn, two_arms, run_program, tmp
         assert list((run / "wandb").glob("offline-run-*/run-*.wandb"))
         with open(run / "train.csv") as file:
             assert len(list(csv.reader(file))) == 9
+        events = EventAccumulator(str(run / "tensorboard")).Reload()
+        assert [event.step for event in events.Scalars("train/actor_loss")] == list(range(5, 41, 5))
+        assert [event.step for event in events.Scalars("eval/goals/score")] == [40]
 
 
 def test_films_are_skipped_with_one_line_where_nothing_can_be_rendered(tmp_path, monkeypatch, capfd):

@@ -238,7 +238,7 @@ def test_weights_that_are_not_finite_are_never_saved(whole, tmp_path):
 
 def test_checkpoints_are_taken_after_whole_steps(tmp_path):
     with pytest.raises(ValueError, match="checkpoint_every=3 is no multiple of updates_per_step=2"):
-        Checkpoint(str(tmp_path), 3, "run").on_train_start(SimpleNamespace(loggers=[]), fresh())
+        Checkpoint(str(tmp_path), 3, "run").on_fit_start(SimpleNamespace(loggers=[]), fresh())
     with pytest.raises(ValueError, match="checkpoint_every=0: expected at least 1"):
         Checkpoint(str(tmp_path), 0, "run")
 
