@@ -160,7 +160,10 @@ class OnlineDataModule(EnvironmentDataModule):
             self._env = make_env()
             if environment is not None:
                 self._env.set_extra_state(environment)
-                self._episode = own["episode"].clone()
+                anew = self._env.began_anew
+                self._episode = own["episode"].clone().masked_fill_(anew[:, None], 0)
+                if anew.any():
+                    self.replay.end_episodes(anew)
         else:
             began = self.replay.written > 0
             if began:

@@ -275,10 +275,10 @@ class ReplayBuffer:
                 for key, value in self._steps.data.items(include_nested=True, leaves_only=True)
             }
 
-    def end_episodes(self) -> None:
-        """Mark the newest step as the last of its episodes: what is written next begins new ones."""
+    def end_episodes(self, rows: Tensor | slice = slice(None)) -> None:
+        """Mark the newest step as the last of its episodes in these rows: what is written next begins new ones."""
         place = (self.written - 1) % self._steps.length
-        self._truncated[place] = ~self._terminated[place]
+        self._truncated[place, rows] = ~self._terminated[place, rows]
         self._steps.amend(("next", "truncated"), self._truncated[place][:, None])
 
     def commit(self) -> int:

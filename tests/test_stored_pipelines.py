@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from torchrl.envs.utils import step_mdp
 
 from datamodules.environments.batched_mujoco import BatchedMujocoEnv
-from datamodules.environments.gymnasium_mujoco import GymnasiumMujocoEnv
+from datamodules.environments.gymnasium import GymnasiumEnv
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SMALL = [
@@ -54,14 +54,14 @@ def trained(tmp_path: Path, *overrides: str):
 
 def write_d4rl(file: Path, body: str, rows: int) -> None:
     """Random actions in the real environment, in D4RL's flat layout, without `next_observations`."""
-    env = GymnasiumMujocoEnv(body, seed=0, episode_length=30)
+    env = GymnasiumEnv(body, seed=0, episode_length=30)
     generator = torch.Generator().manual_seed(0)
     keys = ("observations", "actions", "rewards", "terminals", "timeouts", "infos/qpos", "infos/qvel")
     columns: dict[str, list] = {key: [] for key in keys}
     state = env.reset()
     for _ in range(rows):
         state["action"] = 2 * torch.rand(env.action_spec.shape, generator=generator) - 1
-        qpos, qvel = np.split(state["physics"][0].numpy(), [env._nq])
+        qpos, qvel = np.split(state["physics"][0].numpy(), [env._envs[0].unwrapped.model.nq])
         stepped = env.step(state)
         step = stepped["next"]
         values = (

@@ -28,7 +28,8 @@ class MeasuredEnv(EnvBase):
 
     An environment gives its state away (`get_extra_state`) and takes it back (`set_extra_state`), in the middle of
     episodes too. The first `reset` of all rows after that changes nothing and returns where the environment is, so that
-    a collector built over a restored environment, which begins with a reset, goes on with its episodes.
+    a collector built over a restored environment, which begins with a reset, goes on with its episodes. Where a state
+    can't be had, a new episode begins: `began_anew` [n] says in which rows.
     """
 
     step_seconds: float
@@ -39,6 +40,7 @@ class MeasuredEnv(EnvBase):
         super().__init__(device="cpu", batch_size=[num_envs])
         self._generator = torch.Generator().manual_seed(seed)
         self._restored = False
+        self.began_anew = torch.zeros(num_envs, dtype=torch.bool)
 
     def declare_specs(
         self,
@@ -88,7 +90,7 @@ class MeasuredEnv(EnvBase):
 
     @abstractmethod
     def _set_state_tensors(self, state: Mapping[str, Tensor]) -> None:
-        """Take back copies of what `_state_tensors` gave, which it has been checked to be."""
+        """Take back copies of what `_state_tensors` gave, which it has been checked to be; mark where that failed."""
 
     def get_extra_state(self) -> dict[str, Tensor]:
         """Everything `state_dict()` needs for an exact continuation; loads with `weights_only=True`."""
@@ -109,8 +111,16 @@ class MeasuredEnv(EnvBase):
                     f"the environment state {name!r} has shape {found}, but {expected} was expected for"
                     f" {self.batch_size[0]} environments of {self.domain_name}"
                 )
+        self.began_anew = torch.zeros_like(self.began_anew)
         self._set_state_tensors({name: value.cpu() for name, value in state.items()})
         self._generator.set_state(state["generator"].cpu())
+        if self.began_anew.any():
+            print(
+                f"{int(self.began_anew.sum())} of {len(self.began_anew)} episodes of {self.domain_name} can't go on "
+                "where they were and begin anew: from here on, this run is not the one that it would have been.",
+                flush=True,
+            )
+            self.begin(self.began_anew.numpy().nonzero()[0])
         self._restored = True
 
     def declare_measurements(self, widths: Mapping[str, int], tasks: Mapping[str, str], domain: str) -> None:

@@ -116,6 +116,30 @@ def test_restored_experience_goes_on(tmp_path):
     assert iterator is not None
 
 
+def test_episodes_that_cannot_go_on_end_in_the_experience_too(tmp_path):
+    data, _ = made(tmp_path)
+    for _ in data.train_dataloader():
+        pass
+    again, learner = made(tmp_path, n_step=3)
+    again.load_state_dict(data.state_dict())
+    again._make_env = Forgetful
+    again.collect_until(learner, 40)
+    steps = data.replay.written
+    ended = again.replay._steps.data["next", "truncated"][:, :, 0]
+    assert ended[:20].nonzero().tolist() == [[steps - 1, 1]]
+    assert again._episode[:, 1].tolist() == [20, 20 - steps]
+    drawn = again.replay._draw(1000, torch.Generator().manual_seed(0), 3)
+    assert {steps - 3, steps - 2, steps - 1} & set((drawn[drawn % 2 == 1] // 2).tolist()) == {steps - 3}
+
+
+class Forgetful(OverdriveEnv):
+    """Can't bring back the episodes of its second row."""
+
+    def _set_state_tensors(self, state) -> None:
+        super()._set_state_tensors(state)
+        self.began_anew[1] = True
+
+
 def test_rewards_of_nothing_are_worth_nothing(tmp_path):
     env = ZeroValueEnv(500, seed=0)
     state = env.reset()

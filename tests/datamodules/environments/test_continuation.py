@@ -9,13 +9,15 @@ from torchrl.collectors import Collector
 from torchrl.envs.utils import check_env_specs
 
 from datamodules.environments.batched_mujoco import BatchedMujocoEnv
-from datamodules.environments.gymnasium_mujoco import GYMNASIUM, GymnasiumMujocoEnv
+from datamodules.environments.gymnasium import D4RL_BODIES, GymnasiumEnv
 from datamodules.environments.overdrive import OverdriveEnv
 
 ENVIRONMENTS = {
     "cheetah": partial(BatchedMujocoEnv, "cheetah", "run", episode_length=12),
     "overdrive": OverdriveEnv,
-    **{body: partial(GymnasiumMujocoEnv, body, episode_length=30) for body in GYMNASIUM},
+    **{body: partial(GymnasiumEnv, body, episode_length=30) for body in D4RL_BODIES},
+    "pendulum": partial(GymnasiumEnv, "Pendulum-v1", episode_length=30),
+    "mountain car": partial(GymnasiumEnv, "MountainCarContinuous-v0", episode_length=30),
 }
 ROWS, STEPS = 3, 25
 
