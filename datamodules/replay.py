@@ -8,6 +8,7 @@ import math
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -359,6 +360,8 @@ class ReplayBuffer:
         chosen: list[Tensor] = []
         for _ in range(_MAX_DRAWS):
             drawn = (torch.randint(starts, (count,), generator=generator) + first) % places
+            if n_step == 1:
+                return drawn
             whole, going = torch.ones_like(drawn, dtype=torch.bool), torch.ones_like(drawn, dtype=torch.bool)
             for k in range(n_step - 1):
                 place = (drawn + k * self.num_envs) % places
@@ -372,16 +375,20 @@ class ReplayBuffer:
 
     def _transitions(self, start: Tensor, last: Tensor) -> TensorDict:
         """What began at these places and ended at those, counted in transitions: [*start.shape]."""
-        rows = {}
-        for key, values in self._rows.items():
-            place = last if key[0] == "next" else start
-            row = values.index_select(0, place.flatten())
-            if key[-1] == "frames":
-                key = (*key[:-1], "observation")
+        shape = start.shape
+        start, last = start.flatten(), last.flatten()
+        rows: dict[str, Any] = {}
+        for (*parents, name), values in self._rows.items():
+            row = values.index_select(0, last if "next" in parents else start)
+            if name == "frames":
+                name = "observation"
                 row = self._frames.data["frame"].index_select(0, row.flatten() % self._frames.length)
-                row = row.view(place.numel(), -1, *row.shape[2:])
-            rows[key] = row.unflatten(0, place.shape)
-        return TensorDict(rows, batch_size=start.shape, device=self.device)
+                row = row.view(len(start), -1, *row.shape[2:])
+            entries = rows
+            for parent in parents:  # nested dictionaries are put together in half the time that keys of tuples take
+                entries = entries.setdefault(parent, {})
+            entries[name] = row if len(shape) == 1 else row.view(*shape, *row.shape[1:])
+        return TensorDict(rows, batch_size=shape, device=self.device)
 
 
 def _check_files(folder: Path, keys: Iterable[str | tuple[str, ...]]) -> None:
