@@ -4,11 +4,14 @@ import difflib
 import gc
 import os
 import re
+import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
@@ -16,12 +19,17 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
+from hydra.types import RunMode
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
-from launch.experiments import experiment_names, known_keys
-from launch.values import missing_package
+from launch.experiments import arms_with, experiment_names, known_keys
+from launch.overrides import SEARCH_PATH, given_value, override_key, quoted
+from launch.values import missing_package, one_of
 
 TRACEBACK = "TENFOLD_TRACEBACK"
+MOST_CHARACTERS = 300  # of what others say at length
+TECHNICAL = re.compile(r"(object|reference)_type=|full_key: ")
+KEY = re.compile(r"full_key: (\S+)")
 RESOLVING = re.compile(r"\w+ raised while resolving interpolation: ")
 
 
@@ -46,10 +54,13 @@ class _Escaped(BaseException):
 
 @contextmanager
 def errors_past_hydra() -> Iterator[None]:
-    """Let errors reach `run_reporting_errors` as they are."""
+    """Let errors reach `run_reporting_errors` as they are; those of a sweep's runs are Hydra's, which goes on."""
     try:
         yield
     except Exception as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            traceback.clear_frames(error.__traceback__)  # or the run's model would stay in memory
+            raise
         raise _Escaped from error
 
 
@@ -73,14 +84,14 @@ def run_reporting_errors(main: Callable[[], None]) -> int:
     except (Exception, _Escaped) as raised:
         error = raised.__cause__ if isinstance(raised, _Escaped) else raised
         assert isinstance(error, Exception)
-        report = None if os.environ.get(TRACEBACK) else _report(error)
-        if report is None:
-            raise error from None
-        code, sentence = report
-        print(f"{sentence} ({TRACEBACK}=1 shows where.)", file=sys.stderr)
-        del error
     else:
         return 0
+    report = None if os.environ.get(TRACEBACK) else _report(error)
+    if report is None:
+        raise error  # out here it has no more to say than what it was caused by
+    code, sentence = report
+    print(f"{sentence} ({TRACEBACK}=1 shows where.)", file=sys.stderr)
+    del error
     # What only the error's traceback held goes now: TorchRL's collectors of other processes hang if they have to shut
     # down while the interpreter does.
     gc.collect()
@@ -94,7 +105,7 @@ def _is_first_process() -> bool:
 def _report(error: BaseException) -> tuple[int, str] | None:
     """Exit code and sentence of an error, or None if no user can have caused it."""
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
-        found = re.search(r"full_key: (\S+)", str(error))
+        found = KEY.search(str(error))
         report = _report(error.__cause__)
         if report is not None:
             return report
@@ -103,34 +114,33 @@ def _report(error: BaseException) -> tuple[int, str] | None:
         if isinstance(error.__cause__, TypeError | MisconfigurationException):  # an argument that does not fit
             return 2, f"{found.group(1) if found else 'The configuration'}: {_one_line(error.__cause__)}."
         return None
-    if isinstance(error, OmegaConfBaseException) and (found := RESOLVING.match(str(error))):
-        return 1, f"{_one_line(error)[found.end() :]}."
+    if isinstance(error, OmegaConfBaseException) and RESOLVING.match(str(error)):
+        return 1, f"{RESOLVING.sub('', _one_line(error))}."
     if isinstance(error, OverrideParseException):
         return (
             2,
             f"Can't read {error.override}: expected key=value, quoted as 'key=\"value\"' if it has special characters.",
         )
     if isinstance(error, MissingMandatoryValue | InterpolationToMissingValueError) and not _given_experiment():
-        names = ", ".join(experiment_names())
-        return 2, f"Which experiment? Add experiment=NAME, NAME one of {names}; --help describes them."
+        names = ", ".join(name for name in _experiments() if "/" not in name)
+        return 2, f"Which experiment? Add experiment=NAME, NAME one of {names}; --help describes them, and more."
     if isinstance(error, MissingConfigException):
         missing = str(error.missing_cfg_file)
         if missing.startswith("experiment/"):
-            name, names = missing.removeprefix("experiment/"), experiment_names()
-            return 2, f"Unknown experiment={name}: expected one of {', '.join(names)}.{_hint(name, names)}"
-        options = f": expected one of {', '.join(error.options)}" if error.options else ""
+            name, names = missing.removeprefix("experiment/"), _experiments()
+            return 2, f"Unknown experiment={name}: expected {one_of(names, name)}."
+        options = f": expected {one_of(error.options, missing.split('/')[-1])}" if error.options else ""
         return 2, f"Unknown option {missing}{options}."
     if isinstance(error, ConfigCompositionException):
         unknown = re.search(r"Could not override '([^']+)'", str(error))
         if unknown:
-            key, known = unknown.group(1), known_keys(_given_experiment())
-            if key in known:  # it was given a dictionary with keys of its own
-                return 2, f"{key} can't be replaced as a whole: set its keys one by one, new ones as +{key}.NAME=VALUE."
-            return 2, f"Unknown key {key}: expected one of this experiment's.{_hint(key, known)}"
+            return 2, _unknown(unknown.group(1))
         cause = f": {_one_line(error.__cause__)}" if error.__cause__ is not None else ""
         return 2, f"{_one_line(error)}{cause}."
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return 2, f"{_one_line(error)}."
+        key = KEY.search(str(error))
+        where = f"{key[1]}: " if key and key[1] not in _one_line(error) else ""
+        return 2, f"{where}{_one_line(error)}."
     if isinstance(error, CommandLineError):
         return 2, f"{_one_line(error)}."
     if isinstance(error, ModuleNotFoundError):
@@ -143,17 +153,37 @@ def _report(error: BaseException) -> tuple[int, str] | None:
     return None
 
 
+def _unknown(key: str) -> str:
+    """What is wrong with a key that an override would change."""
+    keys = (SEARCH_PATH, "experiment") if _given_experiment() in _experiments() else ()  # not in a sweep over several
+    given = [argument for argument in sys.argv[1:] if override_key(argument) in keys]
+    known = known_keys(given)
+    if key in known:  # it was given a dictionary with keys of its own
+        return f"{key} can't be replaced as a whole: set its keys one by one, new ones as +{key}.NAME=VALUE."
+    for arm, overrides in arms_with(key, given).items():
+        typed = f"arms.{arm}=[{','.join(map(quoted, [*overrides, f'{key}=VALUE']))}]"
+        return f"Unknown key {key}: only the arm {arm} has it, for which it is typed as {shlex.quote(typed)}."
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"Unknown key {key}: expected one of this experiment's.{f' Did you mean {close[0]}?' if close else ''}"
+
+
+def _experiments() -> list[str]:
+    return experiment_names(given_value(sys.argv[1:], SEARCH_PATH) or ())
+
+
 def _given_experiment() -> str | None:
     """The experiment named on the command line."""
-    given = [argument.split("=", 1)[1] for argument in sys.argv[1:] if argument.startswith("experiment=")]
-    return given[-1] if given else None
-
-
-def _hint(name: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1)
-    return f" Did you mean {close[0]}?" if close else ""
+    return given_value(sys.argv[1:], "experiment")
 
 
 def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".!") if lines else type(error).__name__
+    """What an error says: its first line, and of others, where Hydra has the cause, what fits into a sentence."""
+    lines = [line.strip().rstrip(".:!") for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if not TECHNICAL.match(line)]
+    if not lines:
+        return type(error).__name__
+    first, rest = lines[0], "; ".join(lines[1:])
+    room = MOST_CHARACTERS - len(first)
+    if len(rest) > room:
+        rest = f"{rest[: max(room, 0)].rpartition(' ')[0]} ..."
+    return f"{first}: {rest}" if rest.strip(" .") else first

@@ -1,36 +1,72 @@
 """The experiments that can be run, as their configuration files describe them."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_repository import ConfigRepository  # what Hydra itself looks configurations up in
+from hydra._internal.utils import create_config_search_path
+from hydra.core.object_type import ObjectType
 from omegaconf import DictConfig, OmegaConf
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
-def experiment_names() -> list[str]:
-    """Names as they are given on the command line, `paper/...` last."""
-    folder = CONFIGS / "experiment"
-    names = [str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml")]
-    return sorted(names, key=lambda name: ("/" in name, name))
+def experiment_names(search_path: Sequence[str] = ()) -> list[str]:
+    """Names as they are given on the command line, `paper/...` last.
+
+    Args:
+        search_path: where more are found, as in `hydra.searchpath`.
+    """
+    return _names(_repository(search_path))
 
 
-def experiment_list() -> str:
+def experiment_list(search_path: Sequence[str] = ()) -> str:
     """One line for each experiment: its name, what it shows, and how long it should take."""
-    names = experiment_names()
+    repository = _repository(search_path)
+    names = _names(repository)
     width = max(map(len, names))
     lines = []
     for name in names:
-        config = OmegaConf.load(CONFIGS / "experiment" / f"{name}.yaml")
-        lines.append(f"  {name:<{width}}  {config.summary} [{config.duration}]")
-    return "\n".join(lines)
+        config = repository.load_config(f"experiment/{name}").config
+        duration = f" [{config.duration}]" if "duration" in config else ""
+        lines.append(f"  {name:<{width}}  {config.get('summary', '')}{duration}")
+    return "\n".join(lines).replace("$", "$$")  # Hydra puts it into a template
 
 
-def known_keys(experiment: str | None) -> list[str]:
-    """Every key of an experiment's configuration, or of the bare one, in dotted form."""
+def is_group(key: str, search_path: Sequence[str] = ()) -> bool:
+    """Whether a key chooses one of several files."""
+    return _repository(search_path).group_exists(key.split("@")[0])
+
+
+def known_keys(overrides: Sequence[str]) -> list[str]:
+    """Every key of the configuration that overrides compose, in dotted form."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", [f"experiment={experiment}"] if experiment in experiment_names() else [])
-    return _dotted(config)
+        return _dotted(compose("train", list(overrides)))
+
+
+def arms_with(key: str, overrides: Sequence[str]) -> dict[str, list[str]]:
+    """Those arms, and their overrides, of the experiment that overrides compose whose configuration has a key."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        arms = OmegaConf.to_container(compose("train", list(overrides)))["arms"] or {}
+        return {arm: own for arm, own in arms.items() if own and key in _dotted(compose("train", [*own, *overrides]))}
+
+
+def _repository(search_path: Sequence[str]) -> ConfigRepository:
+    path = create_config_search_path(str(CONFIGS))
+    for entry in search_path:
+        path.append("hydra.searchpath", entry)
+    return ConfigRepository(path)
+
+
+def _names(repository: ConfigRepository) -> list[str]:
+    def below(group: str) -> Iterator[str]:
+        yield from (f"{group}/{name}" for name in repository.get_group_options(group))
+        for name in repository.get_group_options(group, ObjectType.GROUP):
+            yield from below(f"{group}/{name}")
+
+    names = [name.removeprefix("experiment/") for name in below("experiment")]
+    return sorted(names, key=lambda name: ("/" in name, name))
 
 
 def _dotted(config: DictConfig, prefix: str = "") -> list[str]:

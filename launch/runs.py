@@ -1,43 +1,136 @@
 """Where runs live, and how the one to resume is found."""
 
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
+
+from launch.experiments import is_group
+from launch.files import write_text
+from launch.overrides import SEARCH_PATH, given_value, override_key
 
 RUN_FILE = "run.yaml"
 """Marks the folder of a run; holds the overrides it was started with."""
+LOCK = ".lock"
 
 
-def run_folder(output_root: str, name: str, ckpt_path: str | None) -> str:
-    """The folder of the run to start, or of the one to resume.
+def run_folder(output_root: Any, name: Any, ckpt_path: str | None) -> str:
+    """The folder of a new run, made here so that no other program has it, or that of the one to resume.
 
     Raises:
         FileNotFoundError: `ckpt_path` names no run.
+        ValueError: `output_root` or `name` name no folder.
     """
-    if ckpt_path is None:
-        stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")  # fine enough that no two runs share a folder
-        return str(Path(output_root) / name / stamp)
-    return str(resumed_folder(output_root, name, ckpt_path))
+    if ckpt_path is not None:
+        return str(run_of(Path(ckpt_path)))
+    if not isinstance(output_root, str) or not output_root or "${" in os.path.abspath(output_root):
+        raise ValueError(f"output_root={output_root!r}: expected the path of a folder, without '${{' in it.")
+    check_folder_name("name", name)
+    return str(new_folder(Path(output_root) / name))
 
 
-def resumed_folder(output_root: str, name: str, ckpt_path: str) -> Path:
-    """The folder of the run that `ckpt_path` means: `last` (of sweeps too), a run's folder, or a checkpoint in one."""
-    if ckpt_path == "last":
-        root = Path(output_root)
-        runs = {(run.parent.name, 0): run for run in (root / name).glob(f"*/{RUN_FILE}")}
-        for run in root.glob(f"sweep/*/*/{RUN_FILE}"):
-            if f"experiment={name}" in OmegaConf.load(run).overrides:
-                runs[run.parent.parent.name, int(run.parent.name)] = run
-        if not runs:
-            raise FileNotFoundError(f"ckpt_path=last: expected a run of {name} in {root / name}, found none.")
-        return runs[max(runs)].parent.resolve()
-    path = Path(ckpt_path).resolve()
+def check_folder_name(key: str, name: Any) -> None:
+    """Raise a ValueError unless a folder of this name lies where it is expected to."""
+    if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts or "${" in name:
+        raise ValueError(f"{key}={name!r}: expected a name for a folder in that of the runs.")
+
+
+def new_folder(parent: Path) -> Path:
+    """Make a folder named after the time, which no other program has."""
+    while True:
+        folder = parent / datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+
+
+def read_overrides(folder: Path) -> list[str]:
+    """What the run in a folder was started with; nothing if none was."""
+    path = folder / RUN_FILE
+    return yaml.safe_load(path.read_text())["overrides"] if path.exists() else []
+
+
+def write_overrides(folder: Path, overrides: list[str]) -> None:
+    """Remember what a run was started with, which makes the folder one that can be resumed."""
+    write_text(folder / RUN_FILE, yaml.safe_dump({"overrides": overrides}, allow_unicode=True))
+
+
+def merged(folder: Path, given: Sequence[str]) -> list[str]:
+    """The overrides of the run in a folder: what it was started with, if it was, then what is given now.
+
+    Raises:
+        ValueError: it is a run of another experiment than the one that is given.
+    """
+    remembered = read_overrides(folder)
+    began, asked = ([o for o in part if override_key(o) == "experiment"][-1:] for part in (remembered, given))
+    if began and asked and began != asked:
+        raise ValueError(f"ckpt_path: expected a run of {asked[0]}, found one of {began[0]} in {folder}.")
+    # What was added then may have a place of its own by now, and has none where it is given anew. A group has none.
+    search_path = given_value([*remembered, *given], SEARCH_PATH) or ()
+    added = {override_key(override) for override in remembered if override.startswith("+")}
+    plus = {key: "+" if is_group(key, search_path) else "++" for key in added}
+    # The same override given again replaces its former value: a deletion or an addition can't be made twice.
+    keys = {override_key(override) for override in given}
+    kept = [override for override in remembered if override_key(override) not in keys]
+    new = [override for override in given if not (override.startswith("~") and override_key(override) in added)]
+    return [f"{plus[key]}{o.lstrip('+')}" if (key := override_key(o)) in added else o for o in (*kept, *new)]
+
+
+def newest_run(output_root: str, name: str, experiment: str) -> Path:
+    """The folder of the newest run of an experiment, sweeps among them; says so if a newer one has nothing to resume.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    root = Path(output_root)
+    runs = {(run.parent.name, 0, ""): run.parent for run in (root / name).glob(f"*/{RUN_FILE}")}
+    for run in root.glob(f"sweep/*/*/{RUN_FILE}"):
+        if f"experiment={experiment}" in read_overrides(run.parent):
+            runs[run.parent.parent.name, len(run.parent.name), run.parent.name] = run.parent
+    if not runs:
+        raise FileNotFoundError(f"ckpt_path=last: expected a run of {name} in {root / name}, found none.")
+    newest = runs[max(runs)].resolve()
+    empty = [folder for folder in (root / name).glob("*/") if folder.name > max(runs)[0]]
+    if empty:
+        print(f"ckpt_path=last: {max(empty)} has nothing to go on with; the run before is {newest}.", flush=True)
+    return newest
+
+
+def run_of(path: Path) -> Path:
+    """The folder of the run that a path means: that folder itself, or a checkpoint in it.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    expected = f"ckpt_path={path}: expected a run's folder or a checkpoint in one"
     if not path.exists():
-        raise FileNotFoundError(
-            f"ckpt_path={ckpt_path}: expected a run's folder or a checkpoint in one, found nothing."
-        )
+        raise FileNotFoundError(f"{expected}, found nothing.")
+    path = path.resolve()
     for folder in (path, *path.parents):
         if (folder / RUN_FILE).is_file():
             return folder
-    raise FileNotFoundError(f"ckpt_path={ckpt_path}: expected a run's folder or a checkpoint in one, found neither.")
+    raise FileNotFoundError(f"{expected}, found neither.")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other programs out of a run's folder, until this one leaves it or dies.
+
+    Raises:
+        ValueError: another program is in it.
+    """
+    with open(folder / LOCK, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{folder}: expected a run that no program is at work on, found one; wait for it, or stop it."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield

@@ -4,8 +4,8 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from logging import CRITICAL, ERROR, WARNING, getLogger
 from pathlib import Path
@@ -15,21 +15,43 @@ import lightning as L
 import torch
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from components.checks import check_counts
 from launch.checkpoints import LAST, load_checkpoint
 from launch.errors import CommandLineError, Stopped
-from launch.files import write_json, write_text
+from launch.files import write_json
+from launch.overrides import SEARCH_PATH, given_value, override_key, quoted, train_command
 from launch.recipes import only_checkpoint
 from launch.report import REFERENCES, write_report
-from launch.runs import RUN_FILE
-from launch.values import check_values
+from launch.runs import LOCK, RUN_FILE, check_folder_name, locked, merged, write_overrides
+from launch.values import check_types, check_values, one_of
+
+TOP_LEVEL = {
+    "name": str,
+    "summary": str,
+    "duration": str,
+    "notes": list[str],
+    "training_curves": list[str],
+    "curves_against": str | None,
+    "objective": str | None,
+    "seed": int,
+    "num_seeds": int,
+    "threads": int | None,
+    "ckpt_path": str | None,
+    "init_from": str | None,
+    "init_parts": list[str] | None,
+    "output_root": str,
+    "data_root": str,
+}
+"""What the top-level keys of configs/train.yaml hold, but for those of groups and `arms`."""
+MOST_SEED = 2**32 - 1  # that random number generators take
 
 
 @dataclass(frozen=True)
@@ -49,49 +71,100 @@ class Run:
         return self.folder / "checkpoints" / LAST
 
 
-def run_study(config: DictConfig) -> None:
+def run_study() -> float | None:
     """Train and evaluate every arm with every seed; finished ones are kept, an interrupted one goes on.
 
-    Args:
-        config: the composed configuration, `configs/train.yaml` with an experiment.
+    What is run is what Hydra composed, `configs/train.yaml` with an experiment.
+
+    Returns:
+        The metric that `objective` names, if it names one.
     """
     quieten()
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    try:
-        _run_study(folder, _overrides(folder, list(HydraConfig.get().overrides.task)))
-    finally:
-        with suppress(OSError):  # a study that could not even begin leaves no folder behind
-            folder.rmdir()
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.output_dir)
+    # As text: an interpolation among them is resolved for each run.
+    hydras, given = (OmegaConf.to_container(part) for part in (hydra.overrides.hydra, hydra.overrides.task))
+    given = [*(override for override in hydras if override_key(override) == SEARCH_PATH), *given]
+    with locked(folder) if rank_zero_only.rank == 0 else nullcontext():
+        try:
+            # Where a scheduler starts the same command in the same folder again, it goes on too.
+            complete = given_value(given, "ckpt_path") is not None
+            return _run_study(folder, given if complete else merged(folder, given))
+        finally:
+            if rank_zero_only.rank == 0 and not (folder / RUN_FILE).exists():
+                (folder / LOCK).unlink()
+                with suppress(OSError):  # a study that could not even begin leaves no folder behind
+                    folder.rmdir()
 
 
-def _run_study(folder: Path, overrides: list[str]) -> None:
+def _run_study(folder: Path, overrides: list[str]) -> float | None:
     config = compose("train", overrides)
-    if config.ckpt_path is not None and HydraConfig.get().mode == RunMode.MULTIRUN:
-        raise CommandLineError(
-            f"ckpt_path={config.ckpt_path}: expected without -m; a sweep's runs are resumed one by one, by folder."
-        )
-    check_counts(num_seeds=config.num_seeds)
-    if not isinstance(config.init_parts, ListConfig | None) or (config.init_parts and config.init_from is None):
-        raise CommandLineError(f"init_parts={config.init_parts}: expected a list such as [encoder], with init_from.")
+    _check_settings(config, overrides)
     runs = list(_runs(config, folder))
     started_from = _checkpoint_argument(config, runs)
     configs = {run: run_config(run, overrides) for run in runs}
     for run in runs:
+        check_types(configs[run], TOP_LEVEL)
         check_values(configs[run])
     pending = [run for run in runs if not _finished(run, configs[run])]
     _check_finished(runs, pending, configs)
-    announce(config, overrides, runs, pending, folder)
+    announce(config, overrides, runs, pending)
     try:
         for run in pending:
             own = started_from is not None and run.folder in started_from.parents
             parts = build(run, configs[run], started_from if own else run.checkpoint)
             _remember(folder, overrides)  # now that they are known to make sense
+            if run is pending[0]:
+                _say(f"Writing to {folder}")
             train(*parts, folder)
             del parts  # or its data would stay in memory while the next are built
     except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns Ctrl-C into the latter
-        message = f"Stopped. Go on with: python train.py experiment={config.name} ckpt_path={folder}"
-        raise Stopped(message, 143 if isinstance(stop, SIGTERMException) else 130) from None
+        begun = (folder / RUN_FILE).exists()
+        advice = f"Go on with: {train_command(f'ckpt_path={quoted(str(folder))}')}" if begun else "Nothing was written."
+        raise Stopped(f"Stopped. {advice}", 143 if isinstance(stop, SIGTERMException) else 130) from None
     _finish(config, overrides, runs, folder)
+    return None if config.objective is None else _objective(config.objective, folder, _arms(config))
+
+
+def _check_settings(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Check what holds for all runs, before any is composed.
+
+    Raises:
+        CommandLineError, ValueError: names the key, what was expected and what was found.
+    """
+    check_types(config, TOP_LEVEL)
+    check_folder_name("name", config.name)
+    check_counts(num_seeds=config.num_seeds)
+    if config.threads is not None:
+        check_counts(threads=config.threads)
+    if config.init_parts and config.init_from is None:
+        raise CommandLineError(f"init_parts={config.init_parts}: expected together with init_from, found without.")
+    if not 0 <= config.seed <= config.seed + config.num_seeds - 1 <= MOST_SEED:
+        raise ValueError(f"seed={config.seed}, num_seeds={config.num_seeds}: expected seeds from 0 to {MOST_SEED}.")
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key = override.key_or_group
+        if override.value() == {} and not override.is_add() and OmegaConf.select(config, key):
+            raise CommandLineError(f"{key}={{}}: expected null, or keys one by one; a dictionary is merged into {key}.")
+    hydra = HydraConfig.get()
+    searches = hydra.mode == RunMode.MULTIRUN and hydra.runtime.choices["hydra/sweeper"] != "basic"
+    if searches and config.objective is None:
+        raise CommandLineError("objective=null: expected eval/METRIC, the number that the search is for.")
+
+
+def _objective(name: str, folder: Path, arms: Mapping[str, Any]) -> float:
+    """The mean of a metric over seeds and over the arms that have it.
+
+    Raises:
+        ValueError: no arm has it.
+    """
+    found = json.loads((folder / "results.json").read_text())["arms"]
+    metrics = [found[arm] for arm in arms]
+    metric = name.removeprefix("eval/")
+    means = [values[metric]["mean"] for values in metrics if metric in values]
+    if not means:
+        names = [f"eval/{known}" for known in dict.fromkeys(known for values in metrics for known in values)]
+        raise ValueError(f"objective={name}: expected a metric of the evaluation, {one_of(names, name)}.")
+    return sum(means) / len(means)
 
 
 def build(
@@ -99,7 +172,6 @@ def build(
 ) -> tuple[L.Trainer, L.LightningModule, L.LightningDataModule, Path | None]:
     """The parts of one arm with one seed, and its checkpoint if there is one."""
     if config.threads is not None:
-        check_counts(threads=config.threads)
         torch.set_num_threads(config.threads)
     L.seed_everything(config.seed, workers=True, verbose=False)
     datamodule = instantiate(config.datamodule)
@@ -231,32 +303,14 @@ def _say(text: str) -> None:
     rank_zero_only(print)(text, flush=True)
 
 
-def _overrides(folder: Path, given: list[str]) -> list[str]:
-    """The overrides of the run: what it was started with, then what it is resumed with."""
-    path = folder / RUN_FILE
-    remembered: list[str] = list(OmegaConf.load(path).overrides) if path.exists() else []
-    began, asked = ([o for o in part if _key(o) == "experiment"][-1:] for part in (remembered, given))
-    if began and asked and began != asked:
-        raise ValueError(f"ckpt_path: expected a run of {asked[0]}, found one of {began[0]} in {folder}.")
-    # The same override given again replaces its former value: a deletion or an addition can't be made twice.
-    keys = {_key(override) for override in given}
-    kept = [override for override in remembered if _key(override) not in keys]
-    # What had to be added then may have a place of its own by now.
-    return [*(f"+{override}" if re.match(r"\+[^+]", override) else override for override in kept), *given]
-
-
 @rank_zero_only
 def _remember(folder: Path, overrides: list[str]) -> None:
-    write_text(folder / RUN_FILE, OmegaConf.to_yaml(OmegaConf.create({"overrides": _kept(overrides)})))
+    write_overrides(folder, _kept(overrides))
 
 
 def _kept(overrides: list[str]) -> list[str]:
     """Those that make a run what it is."""
-    return [override for override in overrides if _key(override) != "ckpt_path"]
-
-
-def _key(override: str) -> str:
-    return override.split("=", 1)[0].lstrip("+~")
+    return [override for override in overrides if override_key(override) != "ckpt_path"]
 
 
 def _finished(run: Run, config: DictConfig) -> bool:
@@ -292,10 +346,14 @@ def _check_finished(runs: list[Run], pending: list[Run], configs: Mapping[Run, D
 
 def _arms(config: DictConfig) -> dict[str, list[str]]:
     """Every arm's overrides, without arms that are null; without any, the experiment itself is the only one."""
-    if not isinstance(config.arms, DictConfig | None):
-        raise CommandLineError(f"arms={config.arms}: expected null, or arms with lists of overrides by their names.")
-    arms = {name: list(overrides) for name, overrides in (config.arms or {}).items() if overrides is not None}
-    return arms or {config.name: []}
+    arms = OmegaConf.to_container(config)["arms"]  # as text: an interpolation among them is resolved for each run
+    if not isinstance(arms, dict | None):
+        raise CommandLineError(f"arms={arms}: expected null, or arms with lists of overrides by their names.")
+    for name, overrides in (arms or {}).items():
+        check_folder_name("arms", name)
+        if overrides is not None and not (isinstance(overrides, list) and all(isinstance(o, str) for o in overrides)):
+            raise CommandLineError(f"arms.{name}={overrides}: expected null, or a list of overrides such as [seed=1].")
+    return {name: overrides for name, overrides in (arms or {}).items() if overrides is not None} or {config.name: []}
 
 
 def _runs(config: DictConfig, folder: Path) -> Iterator[Run]:
@@ -316,13 +374,13 @@ def _checkpoint_argument(config: DictConfig, runs: list[Run]) -> Path | None:
     return path
 
 
-def announce(config: DictConfig, overrides: list[str], runs: list[Run], pending: list[Run], folder: Path) -> None:
+def announce(config: DictConfig, overrides: list[str], runs: list[Run], pending: list[Run]) -> None:
     """One line on what is about to happen and how long it should take, and one on what makes arms less different."""
     arms, seeds = len({run.arm for run in runs}), len({run.seed for run in runs})
     done = f", {len(runs) - len(pending)} of {len(runs)} runs done already" if len(pending) < len(runs) else ""
     _say(
         f"{config.name}: {config.summary} {arms} arm{'s' * (arms > 1)}, {seeds} seed{'s' * (seeds > 1)}{done}; "
-        f"{config.duration}. Writing to {folder}"
+        f"{config.duration}."
     )
     for sentence in _replaced(config, overrides):
         _say(sentence)
@@ -331,8 +389,9 @@ def announce(config: DictConfig, overrides: list[str], runs: list[Run], pending:
 def _replaced(config: DictConfig, overrides: list[str]) -> list[str]:
     """Says which arms are not what they were called for."""
     sentences = []
-    for key, override in {_key(override): override for override in overrides}.items():
-        replaced = [arm for arm, own in _arms(config).items() if any(_key(o) == key and o != override for o in own)]
+    for key, override in {override_key(override): override for override in overrides}.items():
+        arms = _arms(config).items()
+        replaced = [arm for arm, own in arms if any(override_key(o) == key and o != override for o in own)]
         if replaced:
             sentences.append(f"{override} holds for all arms, also for {', '.join(replaced)}, which had their own.")
     return sentences

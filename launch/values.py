@@ -1,12 +1,13 @@
 """Checks of configuration values against the classes and functions that they are meant for."""
 
+import difflib
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Union, get_args, get_origin
 
 from hydra.utils import get_object
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
@@ -29,9 +30,26 @@ def check_values(config: DictConfig, key: str = "") -> None:
             raise ValueError(f"{path}: expected what {target.split('.')[-1]} takes ({known}), found {name}.")
         if isinstance(value, DictConfig):
             check_values(value, path)
-        elif name in parameters and not _fits(value, parameters[name]):
-            expected = " or ".join(PLAIN.get(kind, "null") for kind in _kinds(parameters[name]))
-            raise ValueError(f"{path}={value}: expected {expected}.")
+        elif name in parameters:
+            _check_type(path, value, parameters[name])
+
+
+def check_types(config: DictConfig, annotations: Mapping[str, Any]) -> None:
+    """Compare keys of a configuration with what they should be.
+
+    Raises:
+        ValueError: one has another type.
+    """
+    for name, annotation in annotations.items():
+        _check_type(name, config.get(name), annotation)
+
+
+def one_of(names: Sequence[str], name: str) -> str:
+    """What was expected instead of `name`, as a part of a sentence: all names if they are few, else those like it."""
+    if len(", ".join(names)) <= 200:
+        return f"one of {', '.join(names)}"
+    close = difflib.get_close_matches(name, names, n=5) or names[:5]
+    return f"one of {len(names)}, such as {', '.join(close)}"
 
 
 def _target(name: str, key: str) -> Any:
@@ -81,11 +99,28 @@ def _kinds(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if union else (annotation,)
 
 
+def _check_type(key: str, value: Any, annotation: Any) -> None:
+    if not _fits(value, annotation):
+        expected = " or ".join(_described(kind) for kind in _kinds(annotation))
+        raise ValueError(f"{key}={'null' if value is None else value}: expected {expected}.")
+
+
+def _described(kind: Any) -> str:
+    if get_origin(kind) is list:
+        return f"a list, each of it {_described(*get_args(kind))}"
+    return PLAIN.get(kind, "null")
+
+
 def _fits(value: Any, annotation: Any) -> bool:
     """Whether a value may be given where `annotation` stands; annotations that are not plain types always fit."""
-    kinds = _kinds(annotation)
-    if any(kind not in PLAIN and kind is not type(None) for kind in kinds):
+    return any(_is_of(value, kind) for kind in _kinds(annotation))
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is list:
+        return isinstance(value, ListConfig) and all(_fits(item, *get_args(kind)) for item in value)
+    if kind not in PLAIN and kind is not type(None):
         return True
     if isinstance(value, bool):
-        return bool in kinds
-    return isinstance(value, kinds) or (isinstance(value, int) and float in kinds)
+        return kind is bool
+    return isinstance(value, kind) or (kind is float and isinstance(value, int))

@@ -57,7 +57,7 @@ def test_a_new_run_has_the_weights_and_a_resumed_one_its_own(program, one_arm, s
             ["init_parts=[critic]"],
             r"init_parts=critic: expected a part such as forward_map, backward_map, actor, found",
         ),
-        (["init_parts=actor"], r"init_parts=actor: expected a list such as \[encoder\], with init_from"),
+        (["init_parts=actor"], r"init_parts=actor: expected a list, each of it a text"),
         (["init_from=nowhere"], r"init_from=nowhere: expected a checkpoint or a folder with one, found none"),
         (["init_from={two}"], r"init_from=\S+/two: expected one checkpoint, found 2; name one, such as \S+last\.ckpt"),
         (["init_from={text}"], r"init_from=\S+/text: expected a whole checkpoint, found"),

@@ -35,7 +35,7 @@ def assert_one_sentence(finished, code, *parts):
     ("arguments", "parts"),
     [
         ([], ["Which experiment? Add experiment=NAME", "fb_overdrive", "--help"]),
-        (["experiment=fb_overdriv"], ["Unknown experiment=fb_overdriv", "Did you mean fb_overdrive?"]),
+        (["experiment=fb_overdriv"], ["Unknown experiment=fb_overdriv: expected one of ", "such as fb_overdrive"]),
         (["experiment=fb_overdrive", "module.updaets=3"], ["Unknown key module.updaets", "mean module.updates?"]),
         (["experiment=fb_overdrive", "modul.features=3"], ["Unknown key modul.features", "mean module.features?"]),
         (["experiment=fb_overdrive", "module.updates"], ["Can't read module.updates: expected key=value"]),

@@ -70,7 +70,7 @@ def test_finished_arms_are_kept(interrupted):
 
 def test_ctrl_c_ends_the_study_with_one_line_that_says_how_to_go_on(interrupted):
     assert interrupted["code"] == 130
-    expected = f"Stopped. Go on with: python train.py experiment=fb_overdrive ckpt_path={interrupted['folder']}\n"
+    expected = f"Stopped. Go on with: python train.py ckpt_path={interrupted['folder']}\n"
     assert interrupted["err"] == expected
 
 

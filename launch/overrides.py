@@ -1,0 +1,39 @@
+"""The text of overrides: what they set, and how they are written so that Hydra and a shell read what is meant."""
+
+import re
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+
+SEARCH_PATH = "hydra.searchpath"
+"""Folders of configurations beside the project's own."""
+
+
+def override_key(override: str) -> str:
+    """What an override sets, adds or deletes: `module.updates` of `++module.updates=3`."""
+    return override.split("=", 1)[0].lstrip("+~")
+
+
+def given_value(overrides: Sequence[str], key: str) -> Any:
+    """What the last override of a key gives it, a sweep as it is written; None without one."""
+    given = [override for override in overrides if override_key(override) == key and "=" in override]
+    if not given:
+        return None
+    parsed = OverridesParser.create().parse_override(given[-1])
+    return given[-1].split("=", 1)[1] if parsed.is_sweep_override() else parsed.value()
+
+
+def quoted(text: str) -> str:
+    """A value that Hydra reads as exactly this text."""
+    if re.fullmatch(r"/[\w./+-]*", text, re.ASCII):
+        return text
+    escaped = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # no interpolation
+    return QuotedString(escaped, Quote.double).with_quotes()
+
+
+def train_command(*overrides: str) -> str:
+    """The command that trains with these overrides, as it can be pasted into a shell."""
+    return shlex.join(["python", "train.py", *overrides])

@@ -1,0 +1,92 @@
+"""`train.py`: from a command line to a study.
+
+A module of its own rather than the script: programs that a sweep's launchers start import it, and with it what
+configurations call.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser  # the one that Hydra reads the command line with
+from omegaconf import DictConfig, OmegaConf
+
+from launch.errors import CommandLineError, errors_past_hydra
+from launch.experiments import CONFIGS, experiment_list
+from launch.overrides import SEARCH_PATH, given_value, override_key, quoted
+from launch.runs import merged, newest_run, run_folder, run_of
+
+OmegaConf.register_new_resolver("experiment_list", experiment_list)
+OmegaConf.register_new_resolver("sum", lambda numbers: sum(numbers.values() if hasattr(numbers, "values") else numbers))
+OmegaConf.register_new_resolver("run_folder", run_folder, use_cache=True)  # names the time: one for the whole program
+
+
+def main() -> None:
+    """Train and evaluate what the command line asks for."""
+    sys.argv[1:] = completed(sys.argv[1:])  # in place, for the processes that are started with the same command line
+    hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(train)()
+
+
+def train(_: DictConfig) -> float | None:
+    """Run a study; returns the number that a search asked for."""
+    # Lightning takes many seconds to import, and help and typing errors do not need it.
+    from launch.study import run_study
+
+    with errors_past_hydra():
+        return run_study()
+
+
+def completed(arguments: Sequence[str]) -> list[str]:
+    """The arguments of train.py, and where they ask to go on with a run those that it was started with.
+
+    `ckpt_path` becomes the absolute path of a run's folder or of a checkpoint; `--config-dir` a part of
+    `hydra.searchpath`, which is remembered with a run's overrides.
+
+    Raises:
+        CommandLineError, FileNotFoundError: there is no such run or folder.
+        ValueError: the run is one of another experiment.
+    """
+    options = get_args_parser().parse_intermixed_args(arguments)
+    flags = [argument for argument in arguments if argument not in options.overrides]
+    overrides = _with_search_path(options.overrides, options.config_dir)
+    asked = given_value(overrides, "ckpt_path")
+    if asked is None or options.help or options.hydra_help:
+        return [*flags, *overrides]
+    if options.multirun:
+        raise CommandLineError(f"ckpt_path={asked}: expected without -m; a sweep's runs are resumed one by one.")
+    if asked == "last":
+        experiment = given_value(overrides, "experiment")
+        if experiment is None:
+            return [*flags, *overrides]  # which one is asked where it always is
+        path = _newest_run(overrides, experiment)
+    else:
+        path = Path(str(asked))
+    given = [override for override in overrides if override_key(override) != "ckpt_path"]
+    return [*flags, *merged(run_of(path), given), f"ckpt_path={quoted(str(path.resolve()))}"]
+
+
+def _newest_run(overrides: Sequence[str], experiment: str) -> Path:
+    where = [o for o in overrides if override_key(o) in (SEARCH_PATH, "experiment", "name", "output_root")]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose("train", where)
+        return newest_run(config.output_root, config.name, experiment)
+
+
+def _with_search_path(overrides: Sequence[str], config_dir: str | None) -> list[str]:
+    """The overrides, with the whole search path absolute in one of them, the first."""
+    entries = given_value(overrides, SEARCH_PATH) or []
+    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+        return list(overrides)  # Hydra says what it expects
+    found = []
+    for entry in [config_dir, *entries] if config_dir is not None else entries:
+        path = str(entry).removeprefix("file://")
+        if "://" in path or "${" in path:
+            found.append(path)
+        elif not Path(path).is_dir():
+            raise CommandLineError(f"{SEARCH_PATH}={path}: expected a folder of configurations, found none.")
+        else:
+            found.append(f"file://{Path(path).resolve()}")
+    others = [override for override in overrides if override_key(override) != SEARCH_PATH]
+    return [f"{SEARCH_PATH}=[{','.join(map(quoted, found))}]", *others] if found else others

@@ -1,0 +1,117 @@
+"""Experiments in folders outside of the project are listed, run, reproduced and resumed as those inside."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import initialize_config_dir
+
+from launch.experiments import CONFIGS
+from launch.overrides import quoted
+from launch.study import Run, run_config
+
+EXPERIMENT = """
+# @package _global_
+defaults:
+  - fb_overdrive
+
+name: mine
+summary: Mine is $other.
+duration: a second
+own_settings: {first: 1}
+arms: null
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder of configurations whose name is not easy."""
+    folder = tmp_path_factory.mktemp("own") / "é, it's (mine)"
+    (folder / "experiment" / "group").mkdir(parents=True)
+    (folder / "experiment" / "mine.yaml").write_text(EXPERIMENT)
+    (folder / "experiment" / "group" / "bare.yaml").write_text("# @package _global_\ndefaults: [../mine]\n")
+    (folder / "shade").mkdir()
+    for shade in ("dark", "light"):
+        (folder / "shade" / f"{shade}.yaml").write_text(f"is: {shade}\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first(program, tiny, folder):
+    """A study of two seeds, whose seeds and folders are interpolations that were typed."""
+    typed = [override for override in tiny if override.split("=")[0] not in ("experiment", "num_seeds")]
+    finished = program(
+        *("experiment=mine", *typed, "--config-dir", str(folder), f"output_root={quoted(f'{folder}/out=put')}"),
+        *("num_seeds=2", "+third=3"),
+        *("module.updates=5", "datamodule.seed=${seed}", "+own_settings.second=${run_dir}", "+shade=dark"),
+    )
+    assert finished.code == 0, finished.err
+    return finished.folder
+
+
+def test_typed_interpolations_are_those_of_each_run(first):
+    for seed in (0, 1):
+        recipe = json.loads((first / "mine" / f"seed_{seed}" / "results.json").read_text())["recipe"]
+        assert recipe["datamodule"]["seed"] == seed
+    remembered = yaml.safe_load((first / "run.yaml").read_text())["overrides"]
+    assert {"datamodule.seed=${seed}", "+own_settings.second=${run_dir}"} <= set(remembered)
+
+
+def test_interpolations_of_arms_are_those_of_each_run(tmp_path):
+    overrides = ["experiment=fb_overdrive", "+arms.mine=['datamodule.seed=${seed}','+save_dir=${run_dir}']"]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = run_config(Run("mine", 3, tmp_path / "mine" / "seed_3"), overrides)
+    assert (config.datamodule.seed, config.save_dir) == (3, str(tmp_path / "mine" / "seed_3"))
+
+
+def test_help_lists_them(program, folder):
+    for option in (["--config-dir", str(folder)], [f"hydra.searchpath=[{quoted(str(folder))}]"]):
+        finished = program("--help", *option)
+        assert finished.code == 0, finished.err
+        lines = [line.split(maxsplit=1) for line in finished.out.splitlines()]
+        assert ["mine", "Mine is $other. [a second]"] in lines
+        assert ["group/bare"] in lines
+
+
+def test_the_reports_command_reproduces_them(program, first):
+    command = (first / "report.md").read_text().split("```bash\n")[1].split("\n```")[0]
+    shell = subprocess.run(
+        ["bash", "-c", f"python() {{ printf '%s\\0' \"${{@:2}}\"; }}; {command}"], stdout=-1, text=True
+    )
+    again = program(*shell.stdout.split("\0")[:-1])
+    assert again.code == 0, again.err
+    assert again.folder != first
+    assert again.folder.parent == first.parent
+    scores = [
+        json.loads((run / "results.json").read_text())["arms"]["mine"]["goals/score"] for run in (first, again.folder)
+    ]
+    assert scores[0] == scores[1]
+
+
+def test_a_run_knows_its_experiment_and_takes_further_overrides(program, first):
+    here = f"ckpt_path={quoted(str(first))}"
+    assert "2 of 2 runs done already" in program(here).out
+    # What the first command line added is there to be changed.
+    longer = program(here, "module.updates=10", "own_settings.second=2", "shade=light", "~third")
+    assert (longer.code, longer.folder) == (0, first), longer.err
+    assert longer.out.count("resuming after 5 updates") == 2
+    remembered = yaml.safe_load((first / "run.yaml").read_text())["overrides"]
+    assert {"++own_settings.second=2", "module.updates=10", "+shade=light"} <= set(remembered)
+    assert not any("third" in override for override in remembered)
+    last = program(
+        "experiment=mine",
+        f"hydra.searchpath=[{quoted(str(first.parents[2]))}]",
+        f"output_root={quoted(str(first.parents[1]))}",
+        "ckpt_path=last",
+    )
+    assert last.out.count("2 of 2 runs done already") == 1
+
+
+def test_a_misspelt_key_of_theirs_is_recognised(program, folder):
+    finished = program("experiment=mine", "--config-dir", str(folder), "own_setings.first=2")
+    assert "Did you mean own_settings.first?" in finished.err
+    finished = program("experiment=mina", "--config-dir", str(folder))
+    assert "Unknown experiment=mina: expected one of" in finished.err
+    assert "mine" in finished.err
