@@ -183,6 +183,8 @@ def build(
         "module": OmegaConf.to_container(config.module, resolve=True),
         "datamodule": OmegaConf.to_container(config.datamodule, resolve=True),
     }
+    if checkpoint.is_symlink() and not checkpoint.exists():
+        raise FileNotFoundError(f"{checkpoint}: expected a checkpoint, found a link that leads nowhere.")
     resume = checkpoint if checkpoint.exists() else None
     if resume is None and run.folder.exists():
         _say(f"{run.arm}, seed {run.seed}: stopped before its first checkpoint, starts over.")
@@ -352,7 +354,9 @@ def _arms(config: DictConfig) -> dict[str, list[str]]:
     for name, overrides in (arms or {}).items():
         check_folder_name("arms", name)
         if overrides is not None and not (isinstance(overrides, list) and all(isinstance(o, str) for o in overrides)):
-            raise CommandLineError(f"arms.{name}={overrides}: expected null, or a list of overrides such as [seed=1].")
+            raise CommandLineError(
+                f"arms.{name}={overrides}: expected null, or a list of overrides such as ['seed=1']."
+            )
     return {name: overrides for name, overrides in (arms or {}).items() if overrides is not None} or {config.name: []}
 
 

@@ -568,7 +568,7 @@ def test_every_arm_of_every_language_experiment_learns(name, language_folder, tm
     assert config.duration
     small = ("protocol.batch_size=2", "protocol.most_tokens=3", f"data_root={tmp_path}", "module.dtype=float32")
     small += ("protocol.shots=4",) if name == "paper/transformer_squared" else ()
-    for arm, overrides in config.arms.items():
+    for arm, overrides in OmegaConf.to_container(config)["arms"].items():
         folders = (f"study_dir={tmp_path}", f"run_dir={tmp_path / arm / 'seed_0'}", f"arm={arm}")
         config = composed(f"experiment={name}", *folders, *overrides, *small, "language_model=folder")
         config.language_model.path = str(language_folder)

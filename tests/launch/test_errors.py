@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from omegaconf import OmegaConf
 
 from launch.checkpoints import AtomicCheckpointIO, load_checkpoint
 from launch.files import write_json
+from launch.runs import locked
 from launch.study import Run, _check_finished
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +28,7 @@ def assert_one_sentence(finished, code, *parts):
     assert finished.err.count("\n") == 1, finished.err
     assert "Traceback" not in finished.err
     assert finished.err.endswith(". (TENFOLD_TRACEBACK=1 shows where.)\n") or "? (TENFOLD" in finished.err
-    assert ".." not in finished.err.replace("...", "")
+    assert ".." not in finished.err.replace("...", "").replace("../", "")
     for part in parts:
         assert part in finished.err, finished.err
 
@@ -43,6 +45,21 @@ def assert_one_sentence(finished, code, *parts):
         (["experiment=fb_overdrive", "trainer=foo"], ["Unknown option trainer/foo", "cpu, ddp, fsdp, gpu"]),
         (["experiment=fb_overdrive", "module/actor_objective=foo"], ["Unknown option module/actor_objective/foo"]),
         (["experiment=fb_overdrive", "arms=foo"], ["arms=foo: expected null, or arms with lists of overrides"]),
+        (["experiment=fb_overdrive", "arms=[a]"], ["Error merging override arms=[a]: Cannot merge DictConfig with Li"]),
+        (["experiment=fb_overdrive", "arms={}"], ["arms={}: expected null, or keys one by one"]),
+        (["experiment=fb_overdrive", "module={}"], ["module={}: expected null, or keys one by one"]),
+        (["experiment=fb_overdrive", "+arms.x=[5]"], ["arms.x=[5]: expected null, or a list of overrides"]),
+        (["experiment=fb_overdrive", "+arms.x=seed"], ["arms.x=seed: expected null, or a list of overrides"]),
+        (["experiment=fb_overdrive", "seed=1,2"], ["Ambiguous value for argument 'seed=1,2': 1. To use it as a list"]),
+        (["experiment=fb_overdrive", "datamodule.seed=${no}"], ["datamodule.seed: Interpolation key 'no' not found"]),
+        (["experiment=fb_overdrive", "hydra.searchpath=[no]"], ["hydra.searchpath=no: expected a folder of config"]),
+        (
+            ["experiment=drr_digits", "module.code_model_learning_rate=1"],
+            [
+                "only the arm codec has it, for which it is typed as 'arms.codec=[",
+                '"module.code_model_learning_rate=VAL',
+            ],
+        ),
         (
             ["experiment=drr_digits", "datamodule.view=raw"],
             ["datamodule.view: what is typed holds for all arms, and the arm codec has no such key"],
@@ -96,6 +113,23 @@ def test_results_that_others_are_made_of_stay(tmp_path):
             ["Unknown task 'top' of overdrive: expected one of"],
         ),
         (["threads=0"], 1, ["threads=0"]),
+        (["threads=abc"], 1, ["threads=abc: expected a whole number or null"]),
+        (["seed=abc"], 1, ["seed=abc: expected a whole number"]),
+        (["seed=[0,1]"], 1, ["seed=[0, 1]: expected a whole number"]),
+        (["seed=-1"], 1, ["seed=-1, num_seeds=1: expected seeds from 0 to 4294967295"]),
+        (["seed=4294967295", "num_seeds=2"], 1, ["num_seeds=2: expected seeds from 0 to 4294967295"]),
+        (["num_seeds=1.5"], 1, ["num_seeds=1.5: expected a whole number"]),
+        (["num_seeds=true"], 1, ["num_seeds=True: expected a whole number"]),
+        (["training_curves=null"], 1, ["training_curves=null: expected a list, each of it a text"]),
+        (["training_curves=abc"], 1, ["training_curves=abc: expected a list, each of it a text"]),
+        (["training_curves=[1]"], 1, ["training_curves=[1]: expected a list, each of it a text"]),
+        (["output_root=null"], 1, ["output_root=None: expected the path of a folder"]),
+        (["output_root="], 1, ["output_root='': expected the path of a folder"]),
+        (["name=../../x"], 1, ["name='../../x': expected a name for a folder in that of the runs"]),
+        (["+arms={../x: []}"], 1, ["arms='../x': expected a name for a folder"]),
+        (["+arms.late=['threads=abc']"], 1, ["threads=abc: expected a whole number or null"]),
+        (["+arms.late=['module.discount=abc']"], 1, ["module.discount=abc: expected a number"]),
+        (["ckpt_path=3"], 1, ["ckpt_path=3: expected a run's folder or a checkpoint in one, found nothing"]),
         (["module.forward_map._target_=components.Nope"], 1, ["module.forward_map._target_=components.Nope: expected"]),
         (
             ["module.forward_map={a: 1}"],
@@ -188,8 +222,49 @@ def test_diverging_run_keeps_its_last_good_checkpoint(program, copy):
 
 def test_traceback_is_shown_when_asked_for(program, one_arm, tmp_path, monkeypatch):
     monkeypatch.setenv("TENFOLD_TRACEBACK", "1")
-    with pytest.raises(InstantiationException, match="no multiple"):
+    with pytest.raises(InstantiationException, match="no multiple") as raised:
         program(*one_arm, f"output_root={tmp_path}", "module.updates=122")
+    assert isinstance(raised.value.__cause__, ValueError)
+    assert "launch.errors._Escaped" not in "".join(traceback.format_exception(raised.value))
+
+
+def test_two_programs_are_not_at_one_run(program, half):
+    with locked(half):
+        assert_refused(program, half, [], f"{half}: expected a run that no program is at work on, found one")
+
+
+def test_a_link_that_leads_nowhere_does_not_start_training_over(program, copy):
+    (copy / CHECKPOINT).unlink()
+    (copy / CHECKPOINT).symlink_to(copy / "gone.ckpt")
+    assert_refused(program, copy, [], f"{copy / CHECKPOINT}: expected a checkpoint, found a link that leads nowhere")
+
+
+@pytest.mark.parametrize("when", ["build", "train"])
+def test_a_stop_says_how_to_go_on_once_there_is_something_to_go_on_with(program, one_arm, tmp_path, monkeypatch, when):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"launch.study.{when}", stop)
+    finished = program(*one_arm, f"output_root={tmp_path}")
+    assert finished.code == 130
+    folders = list((tmp_path / "fb_overdrive").iterdir())
+    if when == "build":
+        assert (finished.err, folders) == ("Stopped. Nothing was written.\n", [])
+        assert "Writing to" not in finished.out
+    else:
+        (folder,) = folders
+        assert finished.err == f"Stopped. Go on with: python train.py ckpt_path={folder}\n"
+        assert f"Writing to {folder}\n" in finished.out
+        monkeypatch.undo()
+        assert program(f"ckpt_path={folder}", "module.updates=5").code == 0
+
+
+def test_last_says_that_a_newer_folder_has_nothing_to_go_on_with(program, copy):
+    empty = copy.parent / "2999-01-01_00-00-00-000000"
+    empty.mkdir()
+    finished = program("experiment=fb_overdrive", f"output_root={copy.parents[1]}", "ckpt_path=last")
+    assert finished.out.startswith(f"ckpt_path=last: {empty} has nothing to go on with; the run before is {copy}.\n")
+    assert finished.folder == copy
 
 
 @pytest.mark.parametrize(
