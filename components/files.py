@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or absent."""
+"""Files and folders: read with a sentence for what is wrong with one, and written either whole or not at all."""
 
 import errno
 import os
@@ -7,6 +7,49 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+
+def check_file(path: Path, expected: str) -> None:
+    """Raise a FileNotFoundError unless there is an ordinary file: not a folder, or a pipe, which would be waited for.
+
+    Args:
+        expected: what it should be, and where to get it, as in "a file of questions from https://...".
+    """
+    if path.is_file():
+        return
+    if path.is_dir():
+        found = "a folder"
+    elif path.is_symlink():
+        found = "a link that leads to no file"
+    else:
+        found = "something else" if path.exists() else "none"
+    raise FileNotFoundError(f"{path}: expected {expected}, found {found}.")
+
+
+def visible_files(folder: Path, pattern: str) -> list[Path]:
+    """Files below a folder that match, in sorted order.
+
+    Hidden ones, such as `._data.npz` of a Mac, and those in hidden folders, as `.ipynb_checkpoints`, are nobody's data.
+    """
+    found = sorted(folder.glob(pattern))
+    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
+def read_text(path: Path, expected: str) -> str:
+    """The text of a file in UTF-8.
+
+    Args:
+        expected: see `check_file`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is in another encoding.
+    """
+    check_file(path, expected)
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected text in UTF-8, found something else ({error}).") from error
 
 
 @contextmanager

@@ -5,24 +5,22 @@ is a dummy. Transition t is therefore (observation[t], action[t + 1], reward[t +
 physics state of index t + 1, the arrival. Nothing is ever unpickled. Files are read whole, into memory;
 `TransitionDataset.save` keeps the result in a form that opens faster.
 
-Legend: T steps of an episode, N episodes, O observation size, A action size, P physics size.
+Legend: T steps of an episode, N episodes, n rows, O observation size, A action size, P physics size.
 """
 
 from __future__ import annotations
 
 import re
-import zipfile
-import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import torch
 from tensordict import TensorDict
 
+from components.files import visible_files
+from datamodules.stored.arrays import Hdf5File, NpzFile, to_flags, to_float, to_int64
 from datamodules.stored.transitions import TransitionDataset
 
 # (observation, action) sizes; other domains are taken as they come
@@ -59,24 +57,31 @@ def read_exorl(folder: str | Path, domain: str, max_episodes: int = 5000) -> Tra
         FileNotFoundError: no such folder, or no `.npz` in it.
         ValueError: a file is truncated, lacks a key, or has other lengths, sizes or values than expected.
     """
-    folder = Path(folder)
-    files = sorted(folder.glob("*.npz"))[:max_episodes] if folder.is_dir() else []
+    files = exorl_files(folder, max_episodes)
     if not files:
         raise FileNotFoundError(f"{folder}: expected a folder of ExORL episodes (*.npz), found none.")
-    keys = ["observation", "action", "reward", "discount"]
-    with _npz(files[0]) as arrays:
-        keys += ["physics"] * ("physics" in arrays)
+    dimensions = {"observation": (2,), "action": (2,), "reward": (1, 2), "discount": (1, 2), "physics": (2,)}
+    with NpzFile(files[0]) as arrays:
+        keys = [key for key in dimensions if key != "physics" or key in arrays]
     # a first pass over the headers, so that the second can write where the data stay
-    shapes = [_npz_shapes(file, keys) for file in files]
+    shapes = []
+    for file in files:
+        with NpzFile(file) as arrays:
+            shapes.append({key: arrays.shape(key, *dimensions[key]) for key in keys})
     builder = _Builder(domain, shapes[0], transitions=sum(shape["observation"][0] - 1 for shape in shapes))
     for file in files:
-        with _npz(file) as arrays:
-            block = {key: arrays[key][None] for key in keys}
+        with NpzFile(file) as arrays:
+            block = {key: arrays.read(key, *dimensions[key])[None] for key in keys}
         discount = block.pop("discount")
         if not np.isin(discount[:, 1:], (0, 1)).all():
             raise ValueError(f"{file}: expected discounts of 0 or 1, found others.")
         builder.add(file, {**block, "terminated": discount == 0})
-    return builder.finish({"made_by": "exorl", "origin": folder.name, "first_file": files[0].name})
+    return builder.finish({"made_by": "exorl", "origin": Path(folder).name, "first_file": files[0].name})
+
+
+def exorl_files(folder: str | Path, max_episodes: int) -> list[Path]:
+    """The first so many episodes in a folder."""
+    return visible_files(Path(folder), "*.npz")[:max_episodes]
 
 
 def read_mood(file: str | Path) -> TransitionDataset:
@@ -97,23 +102,22 @@ def read_mood(file: str | Path) -> TransitionDataset:
     parts = re.fullmatch(rf"(?P<domain>{domains}|[^_]+)_(?P<task>.+)", name["domain_task"]) if name else None
     if name is None or parts is None:
         raise ValueError(f"{file}: expected a name of the form MIXTURE__DOMAIN_TASK.hdf5, found {file.name!r}.")
-    with _hdf5(file) as h5:
-        columns = {key: _column(file, h5, key, ndim) for key, ndim in (("observation", 3), ("action", 3))}
-        columns |= {key: _column(file, h5, key, 2) for key in ("reward", "terminated")}
-        if "physics" in h5:
-            columns["physics"] = _column(file, h5, "physics", 3)
-        n, length = columns["observation"].shape[:2]
-        for key, column in columns.items():
-            if column.shape[:2] != (n, length):
-                raise ValueError(f"{file}: expected {key} of shape [{n}, {length}, ...], found {list(column.shape)}.")
-        source = _column(file, h5, "source", 1)[:] if "source" in h5 else np.zeros(n)
+    dimensions = {"observation": 3, "action": 3, "reward": 2, "terminated": 2, "physics": 3}
+    with Hdf5File(file) as h5:
+        shapes = {key: h5.shape(key, n) for key, n in dimensions.items() if key != "physics" or key in h5}
+        n, length = shapes["observation"][:2]
+        for key, shape in shapes.items():
+            if shape[:2] != (n, length):
+                raise ValueError(f"{file}: expected {key} of shape [{n}, {length}, ...], found {list(shape)}.")
+        source = h5.read("source", 1) if "source" in h5 else np.zeros(n, np.int64)
         if source.shape != (n,):
             raise ValueError(f"{file}: expected source of shape [{n}], found {list(source.shape)}.")
-        shapes = {key: column.shape[1:] for key, column in columns.items()}
-        builder = _Builder(parts["domain"], shapes, transitions=n * (length - 1))
+        source = to_int64(file, "source", source)
+        widths = {key: shape[1:] for key, shape in shapes.items()}
+        builder = _Builder(parts["domain"], widths, transitions=n * (length - 1))
         for first in range(0, n, _BLOCK):
             block = slice(first, first + _BLOCK)
-            builder.add(file, {key: column[block] for key, column in columns.items()}, source[block])
+            builder.add(file, {key: h5.read(key, dimensions[key], rows=block) for key in shapes}, source[block])
     return builder.finish(
         {"made_by": "mood", "origin": file.name, "mixture": name["mixture"], "task": parts["task"]},
     )
@@ -134,52 +138,69 @@ def read_d4rl(file: str | Path) -> TransitionDataset:
         ValueError: the file is truncated, lacks a key, or has other lengths, sizes or values than expected.
     """
     file = Path(file)
-    with _hdf5(file) as h5:
-        rows = {
-            key: _column(file, h5, key, ndim)[:]
-            for key, ndim in (("observations", 2), ("actions", 2), ("rewards", 1), ("terminals", 1))
-        }
-        for key, ndim in (("timeouts", 1), ("next_observations", 2), ("infos/qpos", 2), ("infos/qvel", 2)):
-            if key in h5:
-                rows[key] = _column(file, h5, key, ndim)[:]
+    optional = ("timeouts", "next_observations", "infos/qpos", "infos/qvel")
+    with Hdf5File(file) as h5:
+        keys = ["observations", "actions", "rewards", "terminals", *(key for key in optional if key in h5)]
+        rows = {key: h5.read(key, 1 if key in ("rewards", "terminals", "timeouts") else 2) for key in keys}
     n = len(rows["observations"])
     for key, values in rows.items():
         if len(values) != n:
             raise ValueError(f"{file}: expected {n} rows in {key}, as in observations, found {len(values)}.")
-        _require_finite(file, key, values)
-    terminal = rows["terminals"].astype(bool)
-    timeout = rows["timeouts"].astype(bool) if "timeouts" in rows else _assumed_timeouts(terminal)
-
-    observation, last = rows["observations"].astype(np.float32), slice(0, n - 1)
-    keep = ~timeout[last]
-    if not keep.any():
-        raise ValueError(f"{file}: expected at least one transition, found none in {n} rows.")
-    following, unknown = observation[1:].copy(), np.zeros(n - 1, dtype=bool)
+    terminal = to_flags(file, "terminals", rows["terminals"])
+    timeout = to_flags(file, "timeouts", rows["timeouts"]) if "timeouts" in rows else _assumed_timeouts(terminal)
+    observation = to_float(file, "observations", rows["observations"])
+    following, unknown = np.roll(observation, -1, axis=0), np.zeros(n, bool)
     if "next_observations" in rows:
-        unknown = terminal[last]
-        following[unknown] = rows["next_observations"][last][unknown]
-    # an episode ends with a terminal or a timeout; a dropped row ends the one before it
-    ends = (terminal | timeout)[last]
-    episode = np.concatenate([[0], np.cumsum(ends)[:-1]])[keep]
-    episode = np.unique(episode, return_inverse=True)[1]
+        unknown = terminal
+        following[unknown] = to_float(file, "next_observations", rows["next_observations"])[unknown]
     arrays = {
-        "observation": observation[last][keep],
-        "action": rows["actions"][last][keep],
-        "next.observation": following[keep],
-        "next.reward": rows["rewards"][last][keep, None],
-        "next.terminated": terminal[last][keep, None],
-        "episode": episode,
-        "source": np.zeros(keep.sum()),
+        "observation": observation,
+        "action": to_float(file, "actions", rows["actions"]),
+        "next.observation": following,
+        "next.reward": to_float(file, "rewards", rows["rewards"])[:, None],
+        "next.terminated": terminal[:, None],
+        "source": np.zeros(n, np.int64),
     }
     if "infos/qpos" in rows and "infos/qvel" in rows:
-        physics = np.concatenate([rows["infos/qpos"], rows["infos/qvel"]], axis=1).astype(np.float64)[1:]
-        physics[unknown] = np.nan
-        arrays["next.physics"] = physics[keep]
-    final = np.append(np.diff(episode) != 0, True)[:, None]
-    arrays["next.truncated"] = final & ~arrays["next.terminated"]
+        parts = [to_float(file, key, rows[key], np.float64) for key in ("infos/qpos", "infos/qvel")]
+        arrays["next.physics"] = np.roll(np.concatenate(parts, axis=1), -1, axis=0)
+        arrays["next.physics"][unknown] = np.nan
     domain = re.sub(r"^ant_?maze.*", "antmaze", re.split(r"-|_(?!maze)", file.stem.lower())[0])
     _require_sizes(file, domain, observation.shape[1], rows["actions"].shape[1])
-    return _dataset(arrays, {"domain": domain, "made_by": "d4rl", "origin": file.name})
+    keep = ~timeout
+    keep[-1] = False
+    kept = kept_rows(file, arrays, keep, terminal | timeout)
+    return as_dataset(kept, {"domain": domain, "made_by": "d4rl", "origin": file.name})
+
+
+def kept_rows(
+    file: Path, arrays: Mapping[str, np.ndarray], keep: np.ndarray, ends: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Transitions of those rows of flat data that say where they led.
+
+    Args:
+        arrays: columns [n, width] by the names of `TransitionDataset`'s files, without what is returned besides.
+        keep: bool [n]; at most the last row of an episode may be left out.
+        ends: bool [n], rows that end an episode.
+
+    Returns:
+        the columns' kept rows, `episode`, `next.truncated`, and `left_out`.
+
+    Raises:
+        ValueError: no row is kept.
+    """
+    if not keep.any():
+        raise ValueError(f"{file}: expected at least one transition, found none in {len(keep)} rows.")
+    reward = arrays["next.reward"]
+    before = np.flatnonzero(keep[:-1] & ~keep[1:] & ~ends[:-1])
+    left_out = np.full_like(reward, np.nan)
+    left_out[before] = reward[before + 1]
+    kept = {name: values[keep] for name, values in {**arrays, "left_out": left_out}.items()}
+    # an episode all of whose rows are left out has no number
+    kept["episode"] = np.unique((np.cumsum(ends) - ends)[keep], return_inverse=True)[1]
+    final = np.append(np.diff(kept["episode"]) != 0, True)[:, None]
+    kept["next.truncated"] = final & ~kept["next.terminated"]
+    return kept
 
 
 class _Builder:
@@ -218,18 +239,17 @@ class _Builder:
                 raise ValueError(
                     f"{file}: expected {key} of {length} rows and width {width}, found shape {list(values.shape[1:])}."
                 )
-            arrived = values.reshape(batch, length, width)[:, 1:]
-            flat[key] = arrived.reshape(-1, width)
-            # the dummy first row may hold anything, except for the observation
-            _require_finite(file, key, values if key == "observation" else arrived)
+            # the dummy first row may hold anything
+            flat[key] = values.reshape(batch, length, width)[:, 1:].reshape(-1, width)
+        observation = to_float(file, "observation", block["observation"])
         rows = slice(self.filled, self.filled + batch * steps)
-        self.arrays["observation"][rows] = block["observation"][:, :-1].reshape(batch * steps, -1)
-        self.arrays["next.observation"][rows] = flat["observation"]
-        self.arrays["action"][rows] = flat["action"]
-        self.arrays["next.reward"][rows] = flat["reward"]
-        self.arrays["next.terminated"][rows] = flat["terminated"]
+        self.arrays["observation"][rows] = observation[:, :-1].reshape(batch * steps, -1)
+        self.arrays["next.observation"][rows] = observation[:, 1:].reshape(batch * steps, -1)
+        self.arrays["action"][rows] = to_float(file, "action", flat["action"])
+        self.arrays["next.reward"][rows] = to_float(file, "reward", flat["reward"])
+        self.arrays["next.terminated"][rows] = to_flags(file, "terminated", flat["terminated"])
         if "next.physics" in self.arrays:
-            self.arrays["next.physics"][rows] = flat["physics"]
+            self.arrays["next.physics"][rows] = to_float(file, "physics", flat["physics"], np.float64)
         final = slice(rows.start + steps - 1, rows.stop, steps)
         self.arrays["next.truncated"][final] = ~self.arrays["next.terminated"][final]
         self.arrays["episode"][rows] = self.episodes + np.repeat(np.arange(batch), steps)
@@ -238,73 +258,18 @@ class _Builder:
         self.episodes += batch
 
     def finish(self, manifest: dict[str, Any]) -> TransitionDataset:
-        return _dataset(self.arrays, {"domain": self.domain, **manifest})
+        return as_dataset(self.arrays, {"domain": self.domain, **manifest})
 
 
-def _dataset(arrays: dict[str, np.ndarray], manifest: dict[str, Any]) -> TransitionDataset:
+def as_dataset(arrays: dict[str, np.ndarray], manifest: dict[str, Any]) -> TransitionDataset:
+    """A data set of columns by the names of its files, but for `next.done`."""
     arrays["next.done"] = arrays["next.terminated"] | arrays["next.truncated"]
+    if "left_out" in arrays and np.isnan(arrays["left_out"]).all():
+        del arrays["left_out"]
     data = TensorDict(batch_size=[len(arrays["observation"])])
     for name, values in arrays.items():
-        dtype = {"episode": np.int64, "source": np.int64, "next.physics": np.float64}.get(name, np.float32)
-        tensor = torch.from_numpy(values if values.dtype == bool else values.astype(dtype, copy=False))
-        data[tuple(name.split("."))] = tensor
+        data[tuple(name.split("."))] = torch.from_numpy(values)
     return TransitionDataset(data, manifest)
-
-
-@contextmanager
-def _npz(file: Path) -> Iterator[np.lib.npyio.NpzFile]:
-    """Open an .npz file; whatever fails while it is open becomes one sentence."""
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            yield arrays
-    except KeyError as error:
-        raise ValueError(f"{file}: expected the array {error}, found none.") from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{file}: expected a complete .npz file of numbers, found a damaged one ({error}).") from error
-
-
-def _npz_shapes(file: Path, keys: list[str]) -> dict[str, tuple[int, ...]]:
-    """Shapes of arrays in an .npz file, from their headers alone."""
-    read_header = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    shapes = {}
-    with _npz(file) as arrays, zipfile.ZipFile(file) as archive:
-        for key in keys:
-            if key not in arrays:
-                raise KeyError(key)
-            with archive.open(f"{key}.npy") as stream:
-                shapes[key] = read_header[np.lib.format.read_magic(stream)](stream)[0]
-    if len(shapes["observation"]) != 2 or len(shapes["action"]) != 2:
-        raise ValueError(
-            f"{file}: expected observation and action of two dimensions, "
-            f"found {list(shapes['observation'])} and {list(shapes['action'])}."
-        )
-    return shapes
-
-
-@contextmanager
-def _hdf5(file: Path) -> Iterator[h5py.File]:
-    """Open an HDF5 file; whatever fails while it is open becomes one sentence."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: expected an HDF5 file, found nothing there.")
-    try:
-        with h5py.File(file, "r") as h5:
-            yield h5
-    except OSError as error:
-        raise ValueError(f"{file}: expected a complete HDF5 file, found a damaged one ({error}).") from error
-
-
-def _column(file: Path, h5: h5py.File, key: str, ndim: int) -> h5py.Dataset:
-    if not isinstance(h5.get(key), h5py.Dataset):
-        raise ValueError(f"{file}: expected the array {key!r}, found only {sorted(h5)}.")
-    column = h5[key]
-    if column.ndim != ndim or column.dtype.kind not in "fiub":
-        raise ValueError(
-            f"{file}: expected {key} to be numbers of {ndim} dimensions, found {column.dtype} {list(column.shape)}."
-        )
-    return column
 
 
 def _assumed_timeouts(terminal: np.ndarray) -> np.ndarray:
@@ -323,8 +288,3 @@ def _require_sizes(file: Path, domain: str, observation: int, action: int) -> No
             f"{file}: expected observations of size {expected[0]} and actions of size {expected[1]} for {domain}, "
             f"found {observation} and {action}."
         )
-
-
-def _require_finite(file: Path, key: str, values: np.ndarray) -> None:
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise ValueError(f"{file}: expected finite numbers in {key}, found NaN or infinity.")

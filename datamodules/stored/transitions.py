@@ -39,10 +39,12 @@ _DTYPES = {
     "next.physics": torch.float64,
     "episode": torch.int64,
     "source": torch.int64,
+    "left_out": torch.float32,
 }
-_OPTIONAL = {"next.physics"}
+_OPTIONAL = {"next.physics", "left_out"}
 _PER_TRANSITION = {"episode", "source"}  # shape [n]; every other entry is [n, width]
 _FLAGS = {"next.terminated", "next.truncated", "next.done"}  # width 1
+_SHAPED_LIKE = {"next.observation": "observation", "left_out": "next.reward"}
 
 
 @dataclass
@@ -54,9 +56,12 @@ class TransitionDataset:
             `("next", "observation")` float32 [n, O], `("next", "reward")` float32 [n, R] (R is 1 except for files that
             store several rewards), `("next", "terminated" | "truncated" | "done")` bool [n, 1], optionally
             `("next", "physics")` float64 [n, P] (the simulator's state on arrival, from which rewards of other tasks
-            are recomputed), `episode` int64 [n] (0, 0, ..., 1, 1, ...: episodes are contiguous and in order) and
-            `source` int64 [n] (which behaviour the episode came from).
-        manifest: what made the data; `domain` is required, everything must be JSON. `load` adds sizes and checksums.
+            are recomputed), `episode` int64 [n] (0, 0, ..., 1, 1, ...: episodes are contiguous and in order),
+            `source` int64 [n] (which behaviour the episode came from), and optionally `left_out` float32 [n, R]: the
+            reward of the step after, where that ended the episode and is not in the data because nobody knows where it
+            led; NaN elsewhere. Without it returns would be short of a reward.
+        manifest: what made the data; `domain` is required, None for any; everything must be JSON. `load` adds sizes and
+            checksums.
 
     Raises:
         ValueError: an entry is missing, unknown, or has the wrong type or shape.
@@ -74,7 +79,7 @@ class TransitionDataset:
         return self.data.batch_size[0]
 
     @property
-    def domain(self) -> str:
+    def domain(self) -> str | None:
         return self.manifest["domain"]
 
     @property
@@ -214,8 +219,9 @@ def _check(data: TensorDict) -> None:
             wanted = f"[{n}]" if value.shape != (n,) else None
         elif name in _FLAGS:
             wanted = f"[{n}, 1]" if value.shape != (n, 1) else None
-        elif name == "next.observation":
-            wanted = str(list(data["observation"].shape)) if value.shape != data["observation"].shape else None
+        elif name in _SHAPED_LIKE:
+            shape = data[_key(_SHAPED_LIKE[name])].shape
+            wanted = str(list(shape)) if value.shape != shape else None
         else:
             wanted = f"[{n}, width]" if value.ndim != 2 or value.shape[1] == 0 else None
         if wanted:
@@ -268,7 +274,7 @@ def _open_npy(path: Path, stored: dict[str, Any]) -> Tensor:
         raise ValueError(f"{path}: expected {stored['bytes']} bytes, found {size}; the file is truncated or altered.")
     try:
         array = np.load(path, mmap_mode="c", allow_pickle=False)
-    except ValueError as error:
+    except Exception as error:  # a damaged header makes NumPy raise whatever it comes upon
         raise ValueError(f"{path}: expected an array in .npy format, found something else ({error}).") from error
     if list(array.shape) != stored["shape"] or str(array.dtype) != stored["dtype"]:
         raise ValueError(
@@ -286,8 +292,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected the manifest of a data set, found none.")
     try:
-        manifest = json.loads(path.read_text())
-    except ValueError as error:
+        manifest = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON, found something else ({error}).") from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:

@@ -42,6 +42,12 @@ def assert_aligned(dataset, episodes: int, steps: int = STEPS) -> None:
     assert all(value.abs().max() < DUMMY for _, value in data.items(True, True) if value.is_floating_point())
 
 
+def test_hidden_files_are_no_episodes(tmp_path):
+    write_exorl(tmp_path / "buffer")
+    (tmp_path / "buffer" / "._episode_000000_5.npz").write_bytes(b"a Mac's")
+    assert_aligned(read_exorl(tmp_path / "buffer", "toy"), episodes=3)
+
+
 def write_exorl(folder, count: int = 3, **changes: np.ndarray) -> None:
     folder.mkdir()
     for index in reversed(range(count)):  # written in another order than they are to be read in
@@ -93,9 +99,15 @@ def test_exorl_keeps_all_reward_columns_and_needs_no_physics(tmp_path):
         ({"observation": np.zeros((STEPS + 1, 9))}, "expected observation of 6 rows and width 3"),
         ({"reward": np.full((STEPS + 1, 1), np.nan)}, "expected finite numbers in reward, found NaN"),
         ({"observation": np.full((STEPS + 1, 3), np.inf)}, "expected finite numbers in observation"),
+        ({"observation": np.full((STEPS + 1, 3), 1e39)}, r"expected numbers of at most 3.4e\+38 in observation"),
+        (
+            {"observation": np.zeros((STEPS + 1, 0))},
+            r"expected observation to be numbers of 2 dimensions, found float64",
+        ),
+        ({"action": np.zeros(STEPS + 1, [("x", float)])}, "expected action to be numbers of 2 dimensions, found"),
         ({"discount": np.full((STEPS + 1, 1), 0.5)}, "expected discounts of 0 or 1"),
-        ({"action": np.array([None] * 6)}, "expected observation and action of two dimensions"),
-        ({"reward": np.array([None] * 6)}, "expected a complete .npz file of numbers"),
+        ({"action": np.array([None] * 6)}, r"expected action to be numbers of 2 dimensions, found object \[6\]"),
+        ({"reward": np.array([None] * 6)}, "expected reward to be numbers of 1 or 2 dimensions, found object"),
         ({"discount": None}, "expected the array 'discount'"),
     ],
 )
@@ -179,6 +191,11 @@ def test_mood_source_and_termination(tmp_path):
         ({"action": np.full((3, STEPS + 1, 2), np.nan)}, "expected finite numbers in action"),
         ({"observation": np.zeros((3, 4))}, "expected observation to be numbers of 3 dimensions"),
         ({"source": np.zeros(2)}, r"expected source of shape \[3\], found \[2\]"),
+        ({"source": np.array([0, 0.5, 1])}, "expected whole numbers of 64 bits in source, found 0.5"),
+        ({"source": np.array([0, np.nan, 1])}, "expected whole numbers of 64 bits in source, found nan"),
+        ({"source": np.array([0, 2**63, 1], np.uint64)}, r"expected whole numbers of 64 bits in source, found 9.22"),
+        ({"terminated": np.full((3, STEPS + 1), 2)}, "expected only 0 and 1 in terminated, found 2"),
+        ({"action": np.full((3, STEPS + 1, 2), 1e39)}, r"expected numbers of at most 3.4e\+38 in action, found 1e\+39"),
     ],
 )
 def test_mood_errors_name_the_file(tmp_path, change, message):
@@ -188,7 +205,7 @@ def test_mood_errors_name_the_file(tmp_path, change, message):
 
 
 def test_mood_names(tmp_path):
-    with pytest.raises(FileNotFoundError, match="expected an HDF5 file, found nothing"):
+    with pytest.raises(FileNotFoundError, match="expected an HDF5 file, found none"):
         read_mood(tmp_path / "a__toy_run.hdf5")
     with pytest.raises(ValueError, match=r"expected a name of the form MIXTURE__DOMAIN_TASK.hdf5, found 'data.hdf5'"):
         read_mood(tmp_path / "data.hdf5")
@@ -214,7 +231,7 @@ def write_d4rl(path, terminals, timeouts, next_observations=True, **changes: np.
         "observations": np.stack([time, -time], axis=1).astype(np.float32),
         "actions": (time[:, None] + 0.5).astype(np.float32),
         "rewards": (time + 0.25).astype(np.float32),
-        "terminals": np.asarray(terminals, bool),
+        "terminals": np.asarray(terminals),
         "timeouts": None if timeouts is None else np.asarray(timeouts, bool),
         # true arrivals of terminal rows differ from the next row, which belongs to the next episode
         "next_observations": np.stack([time + 1000, -time], axis=1).astype(np.float32) if next_observations else None,
@@ -240,6 +257,8 @@ def test_d4rl_transitions(tmp_path):
     assert data["next", "terminated"][:, 0].tolist() == [False, False, False, True, False, False]
     assert data["next", "truncated"][:, 0].tolist() == [False, True, False, False, False, True]
     assert data["episode"].tolist() == [0, 0, 1, 1, 2, 2]
+    # the rewards of what was dropped count in returns, if there is an episode to count them in
+    assert data["left_out"][:, 0].nan_to_num(-1).tolist() == [-1, 2.25, -1, -1, -1, 7.25]
     physics = data["next", "physics"]
     assert physics.dtype == torch.float64
     assert physics[:, 0].isnan().tolist() == [False, False, False, True, False, False]  # not in the file
@@ -278,6 +297,8 @@ def test_d4rl_without_timeouts_counts_1000_steps(tmp_path):
         ({"rewards": None}, "expected the array 'rewards'"),
         ({"actions": np.zeros((3, 1))}, "expected 4 rows in actions, as in observations, found 3"),
         ({"rewards": np.full(4, np.nan)}, "expected finite numbers in rewards"),
+        ({"terminals": [0, 0.5, 0, 0]}, "expected only 0 and 1 in terminals, found 0.5"),
+        ({"infos/qpos": np.full((4, 1), np.inf)}, "expected finite numbers in infos/qpos"),
         ({"rewards": np.zeros((4, 1))}, "expected rewards to be numbers of 1 dimensions"),
         ({"timeouts": [1] * 4}, "expected at least one transition, found none in 4 rows"),
     ],
