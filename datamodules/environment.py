@@ -16,7 +16,8 @@ class EnvironmentDataModule(L.LightningDataModule):
     """Evaluation tasks in an environment; subclasses say where training data come from.
 
     Args:
-        environment: makes an environment, called with `num_envs`, `seed` and a protocol's `start`.
+        environment: makes an environment, called with `num_envs`, `seed` and a protocol's `start`. None where nothing
+            is rolled out and there are no protocols: subclasses then know the sizes and the tasks.
         protocols: name -> `{"rewards": [names] or {name: expression}, "start": ...}`; what to evaluate on. Other
             entries of a protocol are arguments of the environment too.
         batch_size: transitions in an update, over all processes.
@@ -32,7 +33,7 @@ class EnvironmentDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        environment: Callable[..., MeasuredEnv],
+        environment: Callable[..., MeasuredEnv] | None,
         protocols: Mapping[str, Mapping[str, Any]],
         *,
         batch_size: int,
@@ -62,6 +63,9 @@ class EnvironmentDataModule(L.LightningDataModule):
         self.curve_episodes = curve_episodes
         self._make_task = task
         self.seed = seed
+        if environment is None:
+            assert not protocols
+            return
         env = self._reference_env = environment(num_envs=1, seed=self.evaluation_seed)
         for protocol in self.protocols.values():  # a typing error shows before anything is collected or trained
             env.check_tasks(list(named_rewards(protocol).values()))

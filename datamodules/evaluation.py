@@ -1,6 +1,6 @@
-"""Evaluation: one environment, one or many rewards, all episodes at once.
+"""Evaluation: one environment, one or many rewards, all episodes at once; or stored transitions.
 
-Dimensions: T rewards, E episodes for each, L steps, n samples, O observation, P physics state.
+Dimensions: T rewards, E episodes for each, L steps, n samples, B transitions, O observation, P physics state.
 """
 
 from collections.abc import Callable, Mapping
@@ -121,6 +121,24 @@ class EvaluationTask:
         except RenderingUnavailable as error:
             print(f"Films are skipped: {error}.", flush=True)
             return None
+
+
+class TransitionsTask:
+    """Stored transitions [B] that what a method has learned is compared with, where no policy is rolled out.
+
+    Args:
+        name: of the metrics, as in ``held_out/q_std``.
+        transitions: what the method's `update` would be given.
+    """
+
+    rewards: tuple[str, ...] = ()  # nothing is rolled out, and there is nothing to film
+
+    def __init__(self, name: str, transitions: TensorDict) -> None:
+        self.name = name
+        self.transitions = transitions
+
+    def metrics(self, result: TensorDictBase) -> dict[str, list[float]]:
+        return {f"{self.name}/{key}": [value.item()] for key, value in result.items()}
 
 
 class Camera:

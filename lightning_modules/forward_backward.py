@@ -169,14 +169,7 @@ class ForwardBackward(LearningMethod):
         if self.normaliser is not None:
             self._update_normaliser(observation, next_observation)
         observation, next_observation = self.normalise(observation), self.normalise(next_observation)
-        discount = self.discount * (1.0 - batch["next", "terminated"].float())
-        goals = next_observation if self.goal_key == "next_observation" else observation
-
-        z = self.sample_z(goals)
-        with torch.no_grad():
-            next_policy = self.policy_at(next_observation, z)
-            next_action = next_policy.sample(clip=self.policy_noise_clip)
-        loss, metrics = self.representation_loss(observation, action, next_observation, discount, z, next_action)
+        loss, metrics, z, goals = self._fitted(observation, action, next_observation, batch["next", "terminated"])
         self.minimise(loss, self.representation_optimizer)
 
         if self.fresh_actor_z:
@@ -186,6 +179,17 @@ class ForwardBackward(LearningMethod):
 
         self.update_targets()
         return TensorDict({**metrics, **actor_metrics, "actor_loss": loss.detach()})
+
+    def _fitted(
+        self, observation: Tensor, action: Tensor, next_observation: Tensor, terminated: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
+        """The loss of F and B on normalised rows [N, ...], its metrics, and the task vectors [N, d] and goals drawn."""
+        discount = self.discount * (1.0 - terminated.float())
+        goals = next_observation if self.goal_key == "next_observation" else observation
+        z = self.sample_z(goals)
+        with torch.no_grad():
+            next_action = self.policy_at(next_observation, z).sample(clip=self.policy_noise_clip)
+        return *self.representation_loss(observation, action, next_observation, discount, z, next_action), z, goals
 
     def sample_z(self, goals: Tensor) -> Tensor:
         """A task vector for each row, [N, d]: all distinct for one block, else `groups` of them, each for N/G rows."""
@@ -320,8 +324,21 @@ class ForwardBackward(LearningMethod):
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
+    def fit(self, batch: TensorDict) -> TensorDict:
+        """The losses of F and B on transitions [N]; scalars."""
+        observation, next_observation = (
+            self.normalise(rows) for rows in (batch["observation"], batch["next", "observation"])
+        )
+        return TensorDict(self._fitted(observation, batch["action"], next_observation, batch["next", "terminated"])[1])
+
     def evaluate(self, task: Any) -> TensorDict:
-        """Infer z for each reward of an evaluation task from its samples, and roll the policies out."""
+        """Infer z for each reward of an evaluation task from its samples, and roll the policies out.
+
+        Where the task is stored transitions, look at how F and B fit them.
+        """
+        if hasattr(task, "transitions"):
+            return self.fit(task.transitions.to(self.device))
         next_observation, reward = task.inference_samples(self.device)
         z = self.infer(next_observation, reward)
         return task.run(self.policy(), TensorDict({"z": z}, batch_size=[z.shape[0]]), self.device)

@@ -15,10 +15,15 @@ from datamodules.environments.batched_mujoco import BatchedMujocoEnv
 from datamodules.environments.gymnasium import GymnasiumEnv
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+NARROW = {
+    "forward_backward": [
+        *(f"module.{network}.hidden_dim=8" for network in ("forward_map", "backward_map", "actor")),
+        "module.features=8",
+        "module.groups=4",
+    ],
+    "actor_critic": ["module.critic.hidden_dim=8", "module.actor.network.hidden_dim=8"],
+}
 SMALL = [
-    *(f"module.{network}.hidden_dim=8" for network in ("forward_map", "backward_map", "actor")),
-    "module.features=8",
-    "module.groups=4",
     "module.compile=null",
     "module.updates=4",
     "module.log_every=2",
@@ -29,10 +34,10 @@ SMALL = [
 ]
 
 
-def trained(tmp_path: Path, *overrides: str):
+def trained(tmp_path: Path, *overrides: str, method: str = "forward_backward"):
     """The agent and the datamodule of a paper-scale experiment, shrunk and run to its end on the CPU."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", [f"data_root={tmp_path}", "trainer=cpu", *SMALL, *overrides])
+        config = compose("train", [f"data_root={tmp_path}", "trainer=cpu", *NARROW[method], *SMALL, *overrides])
     torch.manual_seed(0)
     datamodule = instantiate(config.datamodule)
     module = instantiate(config.module, **datamodule.spec)
@@ -171,3 +176,27 @@ def test_another_copy_is_read_again(tmp_path, capsys):
     (folder / "episode_000000_5.npz").unlink()
     assert len(read()) == 5
     assert capsys.readouterr().out.count("Reading") == 1
+
+
+@pytest.mark.parametrize("environment", ["none", "overdrive"])
+@pytest.mark.parametrize("method", ["actor_critic", "forward_backward"])
+def test_own_files(method, environment, tmp_path):
+    """Both kinds of methods, on a data set that a few lines make, with and without an environment of its own."""
+    generator = np.random.default_rng(0)
+    observation, action = generator.uniform(-1, 1, (200, 2)), generator.uniform(-1, 1, (200, 2))
+    ends = np.arange(200) % 50 == 49
+    arrays = {"observations": observation, "actions": action, "rewards": observation[:, 0], "physics": observation}
+    np.savez(tmp_path / "mine.npz", terminals=np.zeros(200), timeouts=ends, **arrays)
+    overrides = ["experiment=offline", f"datamodule.dataset.path={tmp_path / 'mine.npz'}", f"module={method}"]
+    if environment == "overdrive":
+        overrides += [
+            "+datamodule.environment={_target_:datamodules.environments.overdrive.OverdriveEnv,_partial_:true}",
+            "datamodule.protocols.default_reset.rewards=[centre]",
+        ]
+    module, datamodule = trained(tmp_path, *overrides, method=method)
+    assert len(datamodule.dataset) == 196
+    (task,) = datamodule.evaluation_tasks(2)
+    metrics = task.metrics(module.evaluate(task))
+    fitted = {"actor_critic": "data/td_loss", "forward_backward": "data/fb_loss"}[method]
+    assert ("default_reset/centre/return" if environment == "overdrive" else fitted) in metrics
+    assert all(np.isfinite(values).all() for values in metrics.values())

@@ -10,6 +10,7 @@ Legend: rows are environments stepped together, steps their common length.
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import json
 import math
@@ -100,11 +101,28 @@ def collect_dataset(
     partial = folder.with_name(f"{folder.name}.partial")
     if not folder.exists() or partial.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(folder.with_name(f".{folder.name}.lock"), folder):
+        with making(folder):
             if not folder.exists():
                 _collect(folder, partial, recipe, make_shard, expected_seconds)
             shutil.rmtree(partial, ignore_errors=True)
     return _load(folder, recipe)
+
+
+@contextmanager
+def making(folder: Path) -> Iterator[None]:
+    """Hold the lock of a data set's folder, waiting for it if need be; the system releases it if the process dies.
+
+    What killed processes left of it is deleted.
+    """
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"Waiting for another process that is making {folder}.", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        for leftover in folder.parent.glob(f".saving-*.{glob.escape(folder.name)}"):
+            shutil.rmtree(leftover)
+        yield
 
 
 def _collect(
@@ -115,7 +133,7 @@ def _collect(
     expected_seconds: float,
 ) -> None:
     partial.mkdir(exist_ok=True)
-    for leftover in [*partial.glob(".saving-*"), *folder.parent.glob(f".saving-*.{folder.name}")]:
+    for leftover in partial.glob(".saving-*"):
         shutil.rmtree(leftover)  # of a killed process: under the lock nobody else is writing
     shards = [partial / f"shard-{number:05d}" for number in range(recipe["shards"])]
     missing = [number for number, shard in enumerate(shards) if not shard.exists()]
@@ -241,18 +259,6 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
-
-
-@contextmanager
-def _lock(path: Path, folder: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file, waiting for it if need be; the system releases it if the process dies."""
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"Waiting for another process that is collecting {folder}.", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 class _Progress:

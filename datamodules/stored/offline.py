@@ -11,21 +11,26 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from components.checks import check_counts, vector_size
-from components.distributed import world_size
+from components.distributed import rank, world_size
 from datamodules.environment import EnvironmentDataModule, named_rewards
 from datamodules.environments.measured import MeasuredEnv
-from datamodules.sampling import UniformBatches
+from datamodules.evaluation import TransitionsTask
+from datamodules.sampling import FixedTasks, UniformBatches
 from datamodules.stored.transitions import TransitionDataset
 
 _CHUNK = 65536
+_LEARNED_FROM = ("observation", "action", ("next", "observation"), ("next", "terminated"), ("next", "reward"))
 
 
 class OfflineDataModule(EnvironmentDataModule):
     """Batches of stored transitions, and evaluation tasks in the environment that they came from.
 
+    Without an environment nothing is rolled out: sizes are those of the data, and scores say how what was learned fits
+    a batch of stored transitions.
+
     Args:
         dataset: makes or loads the data set when training or evaluation needs it.
-        environment, protocols: see `EnvironmentDataModule`.
+        environment, protocols: see `EnvironmentDataModule`; protocols are left alone without an environment.
         inference_samples: number n of transitions from which tasks are inferred; the same ones at every evaluation.
         on_device: keep the data set in the training device's memory.
         settings: further arguments of `EnvironmentDataModule`.
@@ -34,7 +39,7 @@ class OfflineDataModule(EnvironmentDataModule):
     def __init__(
         self,
         dataset: Callable[[], TransitionDataset],
-        environment: Callable[..., MeasuredEnv],
+        environment: Callable[..., MeasuredEnv] | None,
         protocols: Mapping[str, Mapping[str, Any]],
         *,
         inference_samples: int = 100_000,
@@ -42,8 +47,9 @@ class OfflineDataModule(EnvironmentDataModule):
         **settings: Any,
     ) -> None:
         check_counts(inference_samples=inference_samples)
-        super().__init__(environment, protocols, **settings)
+        super().__init__(environment, {} if environment is None else protocols, **settings)
         self._make_dataset = dataset
+        self.rolls_out = environment is not None
         self.inference_samples = inference_samples
         self.on_device = on_device
         self.dataset: TransitionDataset | None = None
@@ -57,25 +63,39 @@ class OfflineDataModule(EnvironmentDataModule):
         self._make_dataset()
 
     def setup(self, stage: str) -> None:
-        if self.dataset is not None:
+        dataset = self._load()
+        if not self.rolls_out:
+            if stage == "fit" and rank() == 0:
+                print(f"No environment: scores are of {self.batch_size} stored transitions, no policy is rolled out.")
             return
-        self.dataset = self._make_dataset()
         spec, domain = self.spec, self._reference_env.domain_name
-        if self.dataset.domain != domain:
-            raise ValueError(f"The data set is of {self.dataset.domain}, expected {domain} as the environment.")
-        sizes = (self.dataset.observation_dim, self.dataset.action_dim)
+        if dataset.domain not in (None, domain):
+            raise ValueError(f"The data set is of {dataset.domain}, expected {domain} as the environment.")
+        sizes = (dataset.observation_dim, dataset.action_dim)
         expected = (vector_size(spec["observation_shape"]), spec["action_dim"])
         for name, found, own in zip(("observation", "action"), sizes, expected):
             if found != own:
                 raise ValueError(f"The data set has {name}s of size {found}, expected {own} as in the environment.")
+
+    def _load(self) -> TransitionDataset:
+        if self.dataset is None:
+            self.dataset = self._make_dataset()
+        return self.dataset
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """Sizes of the environment; without one those of the data, which are loaded for them."""
+        if self.rolls_out:
+            return super().spec
+        dataset = self._load()
+        return {"observation_shape": [dataset.observation_dim], "action_dim": dataset.action_dim}
 
     def train_dataloader(self) -> UniformBatches:
         assert self.dataset is not None
         assert self.trainer is not None
         module = self.trainer.lightning_module
         if self._train_data is None:
-            keys = ("observation", "action", ("next", "observation"), ("next", "terminated"), ("next", "reward"))
-            data = self.dataset.data.select(*keys)
+            data = self.dataset.data.select(*_LEARNED_FROM)
             self._train_data = data.to(module.device if self.on_device else "cpu")
         return UniformBatches(
             self._train_data,
@@ -99,9 +119,22 @@ class OfflineDataModule(EnvironmentDataModule):
     def _fingerprint(self) -> dict[str, Any]:
         """What tells data apart: the checksums of stored files, the recipe of data that are made anew each time."""
         assert self.dataset is not None
-        return self.dataset.manifest.get("files") or self.dataset.manifest
+        files = self.dataset.manifest.get("files")
+        # rewards that were left out are not learned from, and older readers did not keep them
+        return self.dataset.manifest if files is None else {name: files[name] for name in files if name != "left_out"}
 
     # -- tasks --------------------------------------------------------------------------------------------------------
+
+    def choose_tasks(self, protocol: str | None = None, reward: str | None = None) -> None:
+        tasks = super() if self.rolls_out else FixedTasks()
+        tasks.choose_tasks(protocol, reward)
+
+    def evaluation_tasks(self, episodes: int) -> list[Any]:
+        if self.rolls_out:
+            return super().evaluation_tasks(episodes)
+        data = self._load().data.select(*_LEARNED_FROM)
+        generator = torch.Generator().manual_seed(self.evaluation_seed)
+        return [TransitionsTask("data", data[torch.randint(len(data), (self.batch_size,), generator=generator)])]
 
     def _sampler(self, expressions: Sequence[str]) -> Callable[[], tuple[Tensor, Tensor]]:
         return lambda: self.samples(tuple(expressions))
@@ -137,16 +170,27 @@ class OfflineDataModule(EnvironmentDataModule):
             parts.append(env.rewards(env.measure(chunk), expressions))
         return torch.cat(parts)
 
+    def _returns(self, expressions: Sequence[str]) -> Tensor:
+        """Returns [E, T] of the episodes of the data, with rewards of steps that were left out where they are known."""
+        assert self.dataset is not None
+        data, env = self.dataset.data, self._reference_env
+        returns = self.dataset.episode_returns(self._rewards(data, expressions))
+        if "left_out" in data.keys() and list(env.measurement_widths) == ["reward"]:  # noqa: SIM118 - not a mapping
+            ended = data["left_out"][:, 0].isfinite()
+            returns.index_add_(0, data["episode"][ended], env.rewards(data["left_out"][ended], expressions))
+        return returns
+
     def references(self) -> dict[str, dict[str, list[float]]]:
         """Scores to compare with: a policy of uniform random actions, and the best episode of the data by each reward.
 
         An episode of the data counts with its own length, which may be less than that of an evaluation episode.
         """
-        assert self.dataset is not None
+        if not self.rolls_out:
+            return {}
         references = super().references()
         best: dict[str, list[float]] = {}
         rewards = {name: text for protocol in self.protocols.values() for name, text in named_rewards(protocol).items()}
-        returns = self.dataset.episode_returns(self._rewards(self.dataset.data, list(rewards.values())))
+        returns = self._returns(list(rewards.values()))
         top = dict(zip(rewards, returns.max(0).values.tolist()))
         for name, protocol in self.protocols.items():
             found = {f"{name}/{reward}/return": [top[reward]] for reward in named_rewards(protocol)}

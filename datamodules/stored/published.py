@@ -1,4 +1,4 @@
-"""Published data sets: read from the user's copy of their files, once, and kept in a form that opens fast.
+"""Data sets in files, published ones and a user's own: read once, and kept in a form that opens fast.
 
 The first use of a copy reads it whole and writes it as a `TransitionDataset` below `root`; later uses, and the other
 processes of a run, map that. Another copy, or a changed one, is another folder.
@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from datamodules.stored.collect import dataset_folder
-from datamodules.stored.readers import read_d4rl, read_exorl, read_mood
+from components.files import check_file
+from datamodules.stored.collect import dataset_folder, making
+from datamodules.stored.own_files import Bounds, own_files, own_metadata, read_own
+from datamodules.stored.readers import exorl_files, read_d4rl, read_exorl, read_mood
 from datamodules.stored.transitions import TransitionDataset
 
 _BYTES_PER_SECOND = 100e6  # what reading, converting and writing manages at least
@@ -29,7 +31,7 @@ def exorl_dataset(root: str, folder: str, domain: str, max_episodes: int = 5000)
         FileNotFoundError: there are no episodes.
         ValueError: see `read_exorl`.
     """
-    files = sorted(Path(folder).glob("*.npz"))[:max_episodes]
+    files = exorl_files(folder, max_episodes)
     if not files:
         raise FileNotFoundError(
             f"datamodule.dataset.folder={folder}: expected ExORL's episodes of {domain} (*.npz), found none; they are "
@@ -80,7 +82,25 @@ def d4rl_dataset(root: str, folder: str, name: str) -> TransitionDataset:
             f"none; it is at http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v{version}/{file.name}, some "
             "100 to 600 MB."
         )
-    return _kept(root, f"d4rl-{name}", [file], {}, lambda: read_d4rl(file))
+    return _kept(root, f"d4rl-{name}", [file], {"version": 2}, lambda: read_d4rl(file))
+
+
+def own_dataset(root: str, path: str, action_range: Bounds | None = None) -> TransitionDataset:
+    """Data of one's own.
+
+    Args:
+        root: where the converted data set is kept.
+        path, action_range: see `read_own`.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_own`.
+    """
+    files = own_files(path)
+    for file in files:
+        check_file(file, "a file of transitions")
+    settings = {"action_range": action_range}
+    files += own_metadata(files)
+    return _kept(root, f"own-{Path(path).stem}", files, settings, lambda: read_own(path, action_range))
 
 
 def _kept(
@@ -94,19 +114,18 @@ def _kept(
     stats = [file.stat() for file in files]
     found = [[file.name, stat.st_size, stat.st_mtime_ns] for file, stat in zip(files, stats)]
     # the version is to be raised when the same files are read in another way
-    folder = dataset_folder(root, name, {**settings, "version": 1, "files": found})
+    folder = dataset_folder(root, name, {"version": 1, **settings, "files": found})
     if not folder.is_dir():
-        size = sum(stat.st_size for stat in stats)
-        seconds = max(1, round(size / _BYTES_PER_SECOND + len(files) / _FILES_PER_SECOND))
-        what = files[0].name if len(files) == 1 else f"{len(files)} files"
-        print(
-            f"Reading {what} ({size / 1e9:.2g} GB) in {files[0].parent}, to be kept in {folder}; about {seconds} s.",
-            flush=True,
-        )
-        dataset = read()
-        try:
-            dataset.save(folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process was faster
-                raise
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with making(folder):
+            if not folder.is_dir():
+                size = sum(stat.st_size for stat in stats)
+                seconds = max(1, round(size / _BYTES_PER_SECOND + len(files) / _FILES_PER_SECOND))
+                what = files[0].name if len(files) == 1 else f"{len(files)} files"
+                print(
+                    f"Reading {what} ({size / 1e9:.2g} GB) in {files[0].parent}, to be kept in {folder}; about "
+                    f"{seconds} s.",
+                    flush=True,
+                )
+                read().save(folder)
     return TransitionDataset.load(folder)

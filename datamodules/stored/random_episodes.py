@@ -17,6 +17,7 @@ from components.checks import check_counts
 from components.distributed import world_size
 from datamodules.environment import EnvironmentDataModule
 from datamodules.environments.measured import MeasuredEnv
+from datamodules.evaluation import TransitionsTask
 from datamodules.replay import ReplayBuffer
 from datamodules.sampling import EvaluationTasks, Stacks, batch_generator
 
@@ -153,24 +154,6 @@ class RandomEpisodesDataModule(EnvironmentDataModule):
 
     def references(self) -> dict[str, dict[str, list[float]]]:
         return super().references() if self.protocols else {}
-
-
-class TransitionsTask:
-    """Stored transitions [B] that a method's critics are compared with.
-
-    Args:
-        name: of the metrics, as in ``held_out/q_std``.
-        transitions: what the method's `update` would be given.
-    """
-
-    rewards: tuple[str, ...] = ()  # nothing is rolled out, and there is nothing to film
-
-    def __init__(self, name: str, transitions: TensorDict) -> None:
-        self.name = name
-        self.transitions = transitions
-
-    def metrics(self, result: TensorDictBase) -> dict[str, list[float]]:
-        return {f"{self.name}/{key}": [value.item()] for key, value in result.items()}
 
 
 class SupervisedTask(TransitionsTask):
