@@ -60,9 +60,13 @@ def _repository(search_path: Sequence[str]) -> ConfigRepository:
 
 
 def _names(repository: ConfigRepository) -> list[str]:
+    def options(group: str, kind: ObjectType) -> list[str]:
+        # what is hidden, such as the copies of a Mac or of notebooks, is no experiment
+        return [name for name in repository.get_group_options(group, kind) if not name.startswith(".")]
+
     def below(group: str) -> Iterator[str]:
-        yield from (f"{group}/{name}" for name in repository.get_group_options(group))
-        for name in repository.get_group_options(group, ObjectType.GROUP):
+        yield from (f"{group}/{name}" for name in options(group, ObjectType.CONFIG))
+        for name in options(group, ObjectType.GROUP):
             yield from below(f"{group}/{name}")
 
     names = [name.removeprefix("experiment/") for name in below("experiment")]

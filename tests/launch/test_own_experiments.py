@@ -8,7 +8,7 @@ import pytest
 import yaml
 from hydra import initialize_config_dir
 
-from launch.experiments import CONFIGS
+from launch.experiments import CONFIGS, experiment_list, experiment_names
 from launch.overrides import quoted
 from launch.study import Run, run_config
 
@@ -115,3 +115,13 @@ def test_a_misspelt_key_of_theirs_is_recognised(program, folder):
     finished = program("experiment=mina", "--config-dir", str(folder))
     assert "Unknown experiment=mina: expected one of" in finished.err
     assert "mine" in finished.err
+
+
+def test_hidden_files_are_no_experiments(tmp_path):
+    for name in ("mine.yaml", "._mine.yaml", ".ipynb_checkpoints/mine-checkpoint.yaml"):
+        path = tmp_path / "experiment" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"summary: s" if name == "mine.yaml" else b"\x00\x05\x16\x07\xff")
+    own = [f"file://{tmp_path}"]
+    assert set(experiment_names(own)) - set(experiment_names()) == {"mine"}
+    assert "  mine " in experiment_list(own)
