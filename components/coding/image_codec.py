@@ -116,11 +116,13 @@ class ImageCodec(nn.Module):
             )
         try:
             state = load_file(path)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ValueError(f"codec={path}: expected a safetensors file, found a damaged one ({error}).") from error
         own = self.state_dict()
         for name in [*own, *state]:
-            shapes = [str(list(each[name].shape)) if name in each else "nothing" for each in (state, own)]
+            shapes = [
+                f"{each[name].dtype} {list(each[name].shape)}" if name in each else "nothing" for each in (state, own)
+            ]
             if shapes[0] != shapes[1]:
                 raise ValueError(f"codec={path}: {name} is {shapes[0]}, expected {shapes[1]}.")
         self.load_state_dict(state)

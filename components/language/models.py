@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from components.files import replacing
+from components.files import check_file, replacing, visible_files
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
@@ -35,18 +35,24 @@ class PretrainedFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         for name in ("config.json", "tokenizer.json"):
-            if not (self.path / name).exists():
+            if not (self.path / name).is_file():
                 raise FileNotFoundError(
                     f"{self.path / name}: expected the folder of a language model, found no such file."
                 )
-        if not list(self.path.glob("*.safetensors")):
+        if not self._weights():
             raise FileNotFoundError(f"{self.path}: expected weights in files *.safetensors, found none.")
+
+    def _weights(self) -> list[Path]:
+        files = visible_files(self.path, "*.safetensors")
+        for file in files:
+            check_file(file, "weights of a language model")
+        return files
 
     @cached_property
     def checksum(self) -> str:
         """Of the weights, whatever precision they are used in."""
         digest = hashlib.sha256()
-        for path in sorted(self.path.glob("*.safetensors")):
+        for path in self._weights():
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()[:16]

@@ -5,7 +5,10 @@ Dimensions: n images, C channels, H height and width.
 
 import gzip
 import io
+import itertools
+import math
 import pickle
+import struct
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+_FASHION_SIZE = (28, 28)
+_PIECE = 2**20  # bytes decompressed at once
 
 
 class LabelledImages(NamedTuple):
@@ -79,16 +85,21 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
         )
     try:
         with gzip.open(path) as file:
-            data = file.read()
+            header = file.read(4 + 4 * dimensions)
+            if header[:4] != bytes([0, 0, 8, dimensions]) or len(header) < 4 + 4 * dimensions:
+                raise ValueError(f"{path}: expected an IDX file of bytes in {dimensions} dimensions, found another.")
+            shape = struct.unpack(f">{dimensions}I", header[4:])
+            if shape[0] == 0 or shape[1:] not in ((), _FASHION_SIZE):
+                raise ValueError(f"{path}: expected images of {_FASHION_SIZE} and their labels, found {list(shape)}.")
+            expected = math.prod(shape)
+            # as much as comes, never what the header claims, and no more
+            pieces = iter(lambda: file.read(_PIECE), b"")
+            data = b"".join(itertools.islice(pieces, expected // _PIECE + 1))
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: expected a gzipped IDX file, found a damaged one ({error}).") from error
-    header = 4 + 4 * dimensions
-    if data[:4] != bytes([0, 0, 8, dimensions]) or len(data) < header:
-        raise ValueError(f"{path}: expected an IDX file of bytes in {dimensions} dimensions, found another.")
-    shape = tuple(int.from_bytes(data[4 + 4 * index : 8 + 4 * index], "big") for index in range(dimensions))
-    if len(data) - header != int(np.prod(shape)):
-        raise ValueError(f"{path}: expected {int(np.prod(shape))} values after its header, found {len(data) - header}.")
-    return np.frombuffer(data, np.uint8, offset=header).reshape(shape).copy()
+    if len(data) != expected:
+        raise ValueError(f"{path}: expected {expected} values after its header, found {len(data)}.")
+    return np.frombuffer(data, np.uint8).reshape(shape).copy()
 
 
 def cifar100(folder: str) -> LabelledImages:

@@ -14,6 +14,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
+from components.files import read_text, visible_files
+
 SPLITS = {"train": 0.5, "validation": 0.1, "test": 0.4}
 
 
@@ -339,14 +341,19 @@ class ARC(QuestionFamily):
             try:
                 choices = {choice["label"]: choice["text"] for choice in line["question"]["choices"]}
                 stem, key = line["question"]["stem"], line["answerKey"]
+                texts = [stem, key, *choices, *choices.values()]
             except (KeyError, TypeError) as error:
                 raise ValueError(
                     f"{path}:{number}: expected a question with choices and answerKey ({error})."
                 ) from None
+            if not all(isinstance(text, str) for text in texts):
+                raise ValueError(
+                    f"{path}:{number}: expected texts as stem, answerKey, labels and choices, found others."
+                )
             if key not in choices:
                 raise ValueError(f"{path}:{number}: expected answerKey to be one of {', '.join(choices)}, found {key}.")
             listed = "\n".join(f"({label}) {text}" for label, text in choices.items())
-            questions.append(Question(f"{stem}\n{listed}", str(key)))
+            questions.append(Question(f"{stem}\n{listed}", key))
         return questions
 
     def right(self, completion: str, answer: str) -> bool:
@@ -383,7 +390,7 @@ class MATH(QuestionFamily):
         return {"train": problems["train"][::2], "validation": problems["train"][1::2], "test": problems["test"]}
 
     def _read(self, name: str) -> list[Question]:
-        paths = sorted((self.folder / name).glob("*/*.json"))
+        paths = visible_files(self.folder / name, "*/*.json")
         if not paths:
             raise FileNotFoundError(
                 f"{self.folder / name}: expected problems SUBJECT/NUMBER.json from https://github.com/hendrycks/math, "
@@ -391,7 +398,9 @@ class MATH(QuestionFamily):
             )
         questions = []
         for path in paths:
-            text, solution = _strings(path, 1, _json_object(path, 1, path.read_text("utf-8")), "problem", "solution")
+            text, solution = _strings(
+                path, 1, _json_object(path, 1, read_text(path, "a problem")), "problem", "solution"
+            )
             if "\\boxed" not in solution:
                 raise ValueError(f"{path}: expected a solution with an answer in \\boxed{{}}, found none.")
             questions.append(Question(f"{text}\nPut the answer in \\boxed{{}}.", solution))
@@ -407,20 +416,18 @@ class MATH(QuestionFamily):
         return answer
 
 
-def _json_lines(path: Path, source: str) -> Iterable[tuple[Path, int, dict]]:
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: expected a file of questions from {source}, found none.")
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            yield path, number, _json_object(path, number, line)
+def _json_lines(path: Path, source: str) -> list[tuple[Path, int, dict]]:
+    lines = enumerate(read_text(path, f"a file of questions from {source}").split("\n"), 1)
+    found = [(path, number, _json_object(path, number, line)) for number, line in lines if line.strip()]
+    if not found:
+        raise ValueError(f"{path}: expected a question on each line, found none.")
+    return found
 
 
 def _json_object(path: Path, number: int, text: str) -> dict:
     try:
         found = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}:{number}: expected a JSON object, found none ({error}).") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}:{number}: expected a JSON object, found {type(found).__name__}.")

@@ -1,8 +1,10 @@
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from components.language.experts import Expert, mixed
+from components.language.experts import FORMAT, Expert, mixed
 
 
 def expert(seed: int = 0, task: str = "sums") -> Expert:
@@ -34,6 +36,24 @@ def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path):
     save_file({"a": torch.zeros(2)}, path)
     with pytest.raises(ValueError, match="found another kind of file"):
         Expert.load(path, "base")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base": None}, "expected base of an expert vector to be <class 'str'>, found None"),
+        ({"largest": "1"}, "expected largest of an expert vector to be float | None, found '1'"),
+        ({"rank": 3}, "expected base, task, largest, rescale of an expert vector, found"),
+        ({"scales": {"a.up": torch.zeros(2, 2)}}, r"in a.up, found torch.float32 \[2, 2\]"),
+        ({"scales": {"a.up": torch.zeros(2, dtype=torch.int64)}}, r"in a.up, found torch.int64 \[2\]"),
+        ({"scales": {"a.up": torch.tensor([1.0, torch.nan])}}, r"expected finite numbers of single precision in a.up"),
+    ],
+)
+def test_what_an_expert_is_made_of_is_checked(change, message, tmp_path):
+    about = {"base": "base", "task": "sums", "largest": 1.0, "rescale": "nuclear", **change}
+    save_file(about.pop("scales", {"a.up": torch.ones(2)}), tmp_path / "x.safetensors", {FORMAT: json.dumps(about)})
+    with pytest.raises(ValueError, match=rf"x.safetensors: .*{message}"):
+        Expert.load(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("per_matrix", [False, True])

@@ -173,6 +173,7 @@ def test_folders_that_hold_no_model_are_named(tmp_path, model):
     for name, value in model.state_dict().items():
         assert torch.equal(folder.model().state_dict()[name], value)
     assert next(folder.model("bfloat16").parameters()).dtype == torch.bfloat16
+    (tmp_path / "._model.safetensors").write_bytes(b"of a Mac")
     assert PretrainedFolder(tmp_path).checksum == folder.checksum
     with pytest.raises(ValueError, match="dtype=int8: expected float32, bfloat16 or auto"):
         folder.model("int8")

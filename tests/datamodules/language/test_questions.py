@@ -183,6 +183,13 @@ def test_multiple_choice_is_read_from_its_files(tmp_path):
     (tmp_path / "ARC-Easy-Train.jsonl").write_text(json.dumps(line))
     with pytest.raises(ValueError, match="expected answerKey to be one of A, B, found C"):
         arc.splits(0)
+    line["answerKey"] = ["B"]
+    (tmp_path / "ARC-Easy-Train.jsonl").write_text(json.dumps(line))
+    with pytest.raises(ValueError, match=r"Train.jsonl:1: expected texts as stem, answerKey, labels and choices"):
+        arc.splits(0)
+    (tmp_path / "ARC-Easy-Train.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"ARC-Easy-Train.jsonl: expected a question on each line, found none"):
+        arc.splits(0)
     (tmp_path / "ARC-Easy-Train.jsonl").write_text("{}")
     with pytest.raises(ValueError, match="expected a question with choices and answerKey"):
         arc.splits(0)
@@ -198,6 +205,10 @@ def test_competition_problems_are_read_from_their_files(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             solution = f"So it is $\\boxed{{\\frac{{{number}}}{{8}}}}$."
             path.write_text(json.dumps({"problem": f"What is {number}/8?", "level": "Level 1", "solution": solution}))
+    for name in ("._0.json", ".ipynb_checkpoints/0.json"):
+        (tmp_path / "test" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "test" / name).write_text("of a Mac, or of a notebook")
+        (tmp_path / "test" / "algebra" / "._0.json").write_text("of a Mac")
     splits = math.splits(0)
     assert [len(splits[split]) for split in ("train", "validation", "test")] == [2, 2, 4]
     assert not set(splits["train"]) & set(splits["validation"])
