@@ -33,8 +33,9 @@ class ActorCritic(LearningMethod):
         observation_shape, action_dim: sizes O and A.
         critic: makes the ensemble, called with in_features, out_features and members; [B, in] -> [P, B, M].
         actor: makes the actor, called with the sizes F and A.
-        encoder: makes what turns observations into features, called with O; it is trained by the critics' loss, and the
-            targets' features come from it too. Without one, observations are the features.
+        encoder: makes what turns observations into features, called with O; it is trained by the critics' loss, and by
+            one of its own if it has one, and the targets' features come from it too. Without one, observations are the
+            features.
         trunk: makes what critics (together) and actor (for itself) begin with, called with F; None for nothing.
         pessimism: how the ensemble becomes one value; if it has parameters, they are learned along with it.
         temperature: makes the temperature of the entropy bonus, called with `action_dim`; None for no bonus.
@@ -189,6 +190,10 @@ class ActorCritic(LearningMethod):
         if critic:
             features = self.encoder(batch["observation"])
             loss, errors, metrics = self.critic_loss(features, batch["action"], self.target(batch))
+            auxiliary = self.encoder.loss(batch["observation"], features)
+            if auxiliary is not None:
+                loss = loss + _checked(self.encoder, "loss", auxiliary, loss.shape)
+                metrics["encoder_loss"] = auxiliary.detach()
             self.minimise(loss, self.critic_optimizer)
             self.encoder.stepped()
             metrics |= self.encoder.scores()
@@ -317,9 +322,9 @@ class ActorCritic(LearningMethod):
         return task.run(self.policy(), device=self.device)
 
 
-def _checked(pessimism: Pessimism, use: str, value: Tensor, shape: torch.Size) -> Tensor:
-    """The value as it is, if nothing would broadcast."""
+def _checked(part: nn.Module, use: str, value: Tensor, shape: torch.Size) -> Tensor:
+    """What a part gave as it is, if nothing would broadcast."""
     if value.shape != shape:
-        name = f"{type(pessimism).__name__}.{use}"
+        name = f"{type(part).__name__}.{use}"
         raise ValueError(f"{name}: expected a value of shape {list(shape)}, found {list(value.shape)}.")
     return value

@@ -18,7 +18,7 @@ from components.networks.signal_mixing import SignalMixing
 
 
 class Encoder(nn.Module, ABC):
-    """What an actor-critic agent needs of its encoder, which its critics' loss trains.
+    """What an actor-critic agent needs of its encoder, which its critics' loss trains, and a loss of its own if any.
 
     In training mode an encoder may do what regularises it, such as augmentation; agents act and are evaluated in
     evaluation mode.
@@ -32,6 +32,17 @@ class Encoder(nn.Module, ABC):
     @abstractmethod
     def forward(self, observation: Tensor) -> Tensor:
         """[N, *observation_shape] -> [N, F]."""
+
+    def loss(self, observation: Tensor, features: Tensor) -> Tensor | None:
+        """A loss [] of the encoder's own, such as that of a reconstruction, which is added to the critics'.
+
+        It has its weight in it; what only this loss trains gets a learning rate of its own from `parameter_groups`.
+
+        Args:
+            observation: [N, *observation_shape].
+            features: what `forward` made of them, [N, F], with their gradient.
+        """
+        return None
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
         """What an optimiser is told of the parameters."""

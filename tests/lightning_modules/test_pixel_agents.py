@@ -42,6 +42,24 @@ def agent(mixing=None, augmentation=None, **settings) -> ActorCritic:
     return made
 
 
+class Reconstructing(PixelEncoder):
+    """An encoder with a loss of its own."""
+
+    def __init__(self, observation_shape, **settings) -> None:
+        super().__init__(observation_shape, **settings)
+        self.decoder = nn.Linear(self.features, 7)
+
+    def loss(self, observation, features):
+        return 0.5 * (self.decoder(features) - observation.flatten(1)[:, :7] / 255).square().mean()
+
+    def parameter_groups(self, learning_rate):
+        return [*super().parameter_groups(learning_rate), {"params": list(self.decoder.parameters()), "lr": 0.02}]
+
+
+def reconstructing(**settings) -> ActorCritic:
+    return agent(encoder=partial(Reconstructing, channels=4), **settings)
+
+
 @pytest.fixture
 def batch(transitions):
     """Three-step transitions of pictures."""
@@ -193,9 +211,39 @@ def test_critics_learn_the_value_of_the_data_where_the_next_action_is_given(batc
 def test_compiled_updates_are_the_eager_ones(transitions):
     found = []
     for mode in (None, "default"):
-        made = agent(SignalMixing, RandomShift(2), compile=mode)
+        encoder = partial(Reconstructing, channels=4, mixing=SignalMixing, augmentation=RandomShift(2))
+        made = agent(encoder=encoder, compile=mode)
         found.append(losses(made, transitions, 4))
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
+
+
+def test_a_loss_of_the_encoders_own_is_added_to_that_of_the_critics(batch):
+    made = reconstructing()
+    twin = copy.deepcopy(made)
+    torch.manual_seed(1)
+    metrics = made.run_update(batch)
+    torch.manual_seed(1)
+    features = twin.encoder(batch["observation"])
+    loss, _, _ = twin.critic_loss(features, batch["action"], twin.target(batch))
+    drawn = twin.encoder.decoder(features) - batch["observation"].flatten(1)[:, :7] / 255
+    loss += 0.5 * drawn.square().mean()
+    torch.testing.assert_close(metrics["encoder_loss"], 0.5 * drawn.square().mean().detach())
+    trained = [*twin.critic.parameters(), *twin.encoder.parameters()]
+    for own, gradient in zip(
+        (*made.critic.parameters(), *made.encoder.parameters()), torch.autograd.grad(loss, trained)
+    ):
+        torch.testing.assert_close(own.grad, gradient)
+    for own, was in zip(made.encoder.decoder.parameters(), twin.encoder.decoder.parameters()):
+        torch.testing.assert_close(
+            (own - was).abs(), torch.full_like(own, 0.02), rtol=1e-3, atol=0
+        )  # Adam's first step
+    assert "encoder_loss" not in agent().run_update(batch)
+
+
+def test_a_loss_for_each_row_is_named(batch, monkeypatch):
+    monkeypatch.setattr(Reconstructing, "loss", lambda self, observation, features: features.mean(1))
+    with pytest.raises(ValueError, match=r"Reconstructing\.loss: expected a value of shape \[\], found \[16\]\."):
+        reconstructing().run_update(batch)
 
 
 def test_policies_are_improved_on_features_without_mixing_and_shifts(batch):
