@@ -54,8 +54,8 @@ def only_checkpoint(path: str, key: str) -> Path:
     return found[0]
 
 
-def rebuild(path: Path, trust: tuple[str, ...] = ()) -> tuple[L.LightningModule, L.LightningDataModule, dict[str, Any]]:
-    """The method with its trained weights, its datamodule, and the recipe they were made from.
+def rebuild_method(path: str | Path, trust: tuple[str, ...] = ()) -> tuple[L.LightningModule, dict[str, Any]]:
+    """The method with its trained weights, and the recipe of its run; no environment or data set is made.
 
     Args:
         trust: packages outside of the project whose classes the recipe may call too.
@@ -63,6 +63,7 @@ def rebuild(path: Path, trust: tuple[str, ...] = ()) -> tuple[L.LightningModule,
     Raises:
         FileNotFoundError, ValueError: the checkpoint is missing, damaged, or asks for something foreign.
     """
+    path = Path(path)
     checkpoint = load_checkpoint(path)
     recipe = checkpoint["learning_method"]["recipe"]
     if recipe is None:
@@ -74,6 +75,12 @@ def rebuild(path: Path, trust: tuple[str, ...] = ()) -> tuple[L.LightningModule,
     module = instantiate(recipe["module"], **recipe["spec"])
     module.load_state_dict(checkpoint["state_dict"])
     module.on_load_checkpoint(checkpoint)
+    return module, recipe
+
+
+def rebuild(path: Path, trust: tuple[str, ...] = ()) -> tuple[L.LightningModule, L.LightningDataModule, dict[str, Any]]:
+    """As `rebuild_method`, with the datamodule of the run in the middle."""
+    module, recipe = rebuild_method(path, trust)
     return module, instantiate(recipe["datamodule"]), recipe
 
 

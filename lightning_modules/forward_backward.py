@@ -21,12 +21,14 @@ from components.control.forward_backward import (
     ForwardMap,
     MixedLatentSampler,
     ZConditionedActor,
+    ZConditionedPolicy,
     fb_loss,
     implicit_reward,
     orthonormality_loss,
+    standardise,
 )
 from components.control.pessimism import pessimistic_mean
-from components.control.policies import ClippedGaussianPolicy, best_of
+from components.control.policies import ClippedGaussianPolicy
 from components.distributed import gather_rows, rank
 from components.networks.ema import polyak_update
 from lightning_modules.base import LearningMethod
@@ -280,10 +282,7 @@ class ForwardBackward(LearningMethod):
 
     def normalise(self, observation: Tensor) -> Tensor:
         """Standardise observations if asked for."""
-        if self.normaliser is None:
-            return observation
-        norm = self.normaliser
-        return nn.functional.batch_norm(observation, norm.running_mean, norm.running_var, eps=norm.eps)
+        return standardise(observation, self.normaliser)
 
     @torch.no_grad()
     def _update_normaliser(self, *observations: Tensor) -> None:
@@ -306,21 +305,18 @@ class ForwardBackward(LearningMethod):
         """The task vectors [N, d] of reaching the goals [N, O]."""
         return self.backward_map.encode(self.normalise(goal))
 
-    @torch.no_grad()
-    def act(self, observation: Tensor, z: Tensor) -> Tensor:
-        """Actions of the evaluation policy, [N, A]."""
-        observation = self.normalise(observation)
-        policy = self.policy_at(observation, z)
-        return best_of(policy, self._critic(observation, z), self.evaluation_samples, self.evaluation_pessimism)
-
     def policy(self, exploring: bool = False) -> TensorDictModule:
         """A policy that reads ``observation`` and ``z`` and writes ``action``."""
-
-        @torch.no_grad()
-        def explore(observation: Tensor, z: Tensor) -> Tensor:
-            return self.policy_at(self.normalise(observation), z).sample()
-
-        return TensorDictModule(explore if exploring else self.act, in_keys=["observation", "z"], out_keys=["action"])
+        network = ZConditionedPolicy(
+            self.actor,
+            self.normaliser,
+            self.forward_map,
+            self.policy_std,
+            self.evaluation_samples,
+            self.evaluation_pessimism,
+            exploring,
+        )
+        return TensorDictModule(network, ["observation", "z"], ["action"])
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 

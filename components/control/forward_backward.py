@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from components.checks import check_counts
 from components.control.pessimism import pessimistic_mean
+from components.control.policies import ClippedGaussianPolicy, best_of
 from components.networks.ensemble import RELU_GAIN, EnsembleLayerNorm, EnsembleLinear, orthogonal_
 
 
@@ -215,6 +216,54 @@ class ZConditionedActor(nn.Module):
     def forward(self, observation: Tensor, z: Tensor) -> Tensor:
         embedded = torch.cat([self.embed(observation), self.embed_z(torch.cat([observation, z], -1))], -1)
         return self.head(embedded)
+
+
+def standardise(observation: Tensor, normaliser: nn.BatchNorm1d | None) -> Tensor:
+    """Observations [N, O] by running statistics, if there are any."""
+    if normaliser is None:
+        return observation
+    return nn.functional.batch_norm(observation, normaliser.running_mean, normaliser.running_var, eps=normaliser.eps)
+
+
+class ZConditionedPolicy(nn.Module):
+    """A z-conditioned actor in use, as a module that can be copied, sent and exported: [N, O], [N, d] -> [N, A].
+
+    Args:
+        actor, normaliser, forward_map: shared, not copied; the last to choose among sampled actions, see `best_of`.
+        std: of the noise.
+        samples: actions of which the best is taken; 1 is the mean action.
+        pessimism: of the value by which they are compared.
+        exploring: draw one action instead.
+    """
+
+    def __init__(
+        self,
+        actor: ZConditionedActor,
+        normaliser: nn.BatchNorm1d | None,
+        forward_map: ForwardMap,
+        std: float,
+        samples: int = 1,
+        pessimism: float = 0.5,
+        exploring: bool = False,
+    ) -> None:
+        super().__init__()
+        self.actor = actor
+        self.normaliser = normaliser
+        self.forward_map = forward_map if samples > 1 and not exploring else None  # what is exported has what it needs
+        self.std = std
+        self.samples = samples
+        self.pessimism = pessimism
+        self.exploring = exploring
+
+    @torch.no_grad()
+    def forward(self, observation: Tensor, z: Tensor) -> Tensor:
+        observation = standardise(observation, self.normaliser)
+        policy = ClippedGaussianPolicy(self.actor(observation, z).float(), self.std)
+        if self.exploring:
+            return policy.sample()
+        return best_of(
+            policy, lambda a: (self.forward_map(observation, z, a) * z).sum(-1), self.samples, self.pessimism
+        )
 
 
 class FBLoss(NamedTuple):

@@ -140,9 +140,9 @@ def test_unknown_options_are_named(small_agent, settings):
 def test_best_of_many_samples_is_not_worse_than_the_mean_action(small_agent, transitions):
     agent = small_agent(evaluation_samples=50)
     batch, z = transitions(), sample_sphere((32, 8))
-    chosen = agent.act(batch["observation"], z)
+    chosen = agent.policy()(observation=batch["observation"], z=z)
     agent.evaluation_samples = 1
-    mean = agent.act(batch["observation"], z)
+    mean = agent.policy()(observation=batch["observation"], z=z)
     values = [agent._critic(batch["observation"], z)(action).min(0).values.mean() for action in (chosen, mean)]
     assert values[0] > values[1]
 
