@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from components.language.adapters import Adapter, SingularValueAdapter
 from components.language.experts import Expert
 from components.language.models import Completions, PretrainedFolder, complete, complete_surely
+from components.language.singular_values import unscaled
 
 
 class AdaptedModel(nn.Module):
@@ -109,7 +110,7 @@ class AdaptedModel(nn.Module):
         for name, scaling in adapter.scalings.items():
             z = expert.scales[name].to(scaling.s)
             sigmoid = scaling.parametrization == "sigmoid"
-            adapter.parameters[name].copy_((z / scaling.max_scale).logit() if sigmoid else z)
+            adapter.parameters[name].copy_(unscaled(z, scaling.max_scale) if sigmoid else z)
 
     def check_expert(self, expert: Expert) -> None:
         """Raise a ValueError if an expert adapts other matrices than this model has adapted, or in another way."""

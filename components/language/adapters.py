@@ -1,4 +1,6 @@
-"""What is trained in a frozen language model: scales of singular values, low-rank updates, channel scales, or weights.
+"""What is trained in a frozen model: scales of singular values, low-rank updates, channel scales, or weights.
+
+Scales of singular values are for any module with linear layers, the others for transformers.
 
 Dimensions: o rows and i columns of a weight, r = min(o, i).
 """
@@ -17,38 +19,53 @@ from tqdm import tqdm
 
 from components.checks import check_counts
 from components.language.singular_values import SVD, SingularValueScaling, decompose, factorise
+from components.networks.ensemble import EnsembleLinear
 
 MODULES = {
     "mlp": ("gate_proj", "up_proj", "down_proj"),
     "attention": ("q_proj", "v_proj"),
     "both": ("gate_proj", "up_proj", "down_proj", "q_proj", "v_proj"),
 }
+EVERY = "linear"
 LAYERS = ("all", "upper_half")
 
 
-def select_linears(model: nn.Module, modules: str | Sequence[str] = "mlp", layers: str = "all") -> dict[str, nn.Linear]:
-    """Linear layers of a transformer by name, in the model's order.
+def select_linears(
+    model: nn.Module,
+    modules: str | Sequence[str] = "mlp",
+    layers: str = "all",
+    ensembles: bool = False,
+) -> dict[str, nn.Module]:
+    """Linear layers of a model by name, in the model's order.
 
     Args:
-        model: whose blocks are numbered, as in ``model.layers.7.mlp.up_proj``.
-        modules: ``mlp``, ``attention`` (queries and values), ``both``, or the last parts of names.
-        layers: blocks, ``all`` or the ``upper_half``.
+        model: a transformer, whose blocks are numbered, as in ``model.layers.7.mlp.up_proj``, or any module.
+        modules: of a transformer ``mlp``, ``attention`` (queries and values) or ``both``; of any module ``linear`` for
+            all linear layers it has, or the last parts of names.
+        layers: blocks of a transformer, ``all`` or the ``upper_half``.
+        ensembles: also `EnsembleLinear`, but not where it keeps its own spectral norm.
     """
-    if isinstance(modules, str) and modules not in MODULES:
-        raise ValueError(f"Unknown modules={modules!r}: expected one of {', '.join(MODULES)}, or a list of names.")
+    if isinstance(modules, str) and modules not in (*MODULES, EVERY):
+        known = ", ".join((*MODULES, EVERY))
+        raise ValueError(f"Unknown modules={modules!r}: expected one of {known}, or a list of names.")
     if layers not in LAYERS:
         raise ValueError(f"Unknown layers={layers!r}: expected one of {', '.join(LAYERS)}.")
-    wanted = MODULES[modules] if isinstance(modules, str) else tuple(modules)
+    wanted = MODULES.get(modules) if isinstance(modules, str) else tuple(modules)
     found = {
         name: layer
         for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and name.rsplit(".", 1)[-1] in wanted and _block(name) is not None
+        if (isinstance(layer, nn.Linear) or (ensembles and type(layer) is EnsembleLinear))
+        and (wanted is None or name.rsplit(".", 1)[-1] in wanted)
     }
-    if layers == "upper_half" and found:
-        count = max(map(_block, found)) + 1
-        found = {name: layer for name, layer in found.items() if _block(name) >= count // 2}
+    if layers == "upper_half":
+        blocks = {name: _block(name) for name in found if _block(name) is not None}
+        half = (max(blocks.values(), default=0) + 1) // 2
+        found = {name: found[name] for name, block in blocks.items() if block >= half}
     if not found:
-        raise ValueError(f"modules={modules}: expected linear layers of such names in the model, found none.")
+        raise ValueError(
+            f"modules={modules}: expected linear layers of such names in the model, found none; modules={EVERY} takes "
+            "all it has."
+        )
     return found
 
 
@@ -95,10 +112,13 @@ class Adapter(ABC):
 
 
 class SingularValueAdapter(Adapter):
-    """Scales the singular values of linear layers.
+    """Scales the singular values of linear layers; of ensembles those of each member.
+
+    The adapted module is an ordinary function of `parameters`, for any optimiser. `refresh` and `leaves` are for losses
+    of many passes.
 
     Args:
-        model: a transformer.
+        model: a transformer, or with `modules="linear"` any module with linear layers, such as an actor.
         modules, layers: see `select_linears`.
         cache: folder for decompositions; None for none.
         factorised: apply factors one after the other instead of composing weights: for few tokens less work, and no
@@ -117,7 +137,7 @@ class SingularValueAdapter(Adapter):
         **settings: Any,
     ) -> None:
         super().__init__(model)
-        self.layers = select_linears(model, modules, layers)
+        self.layers = select_linears(model, modules, layers, ensembles=not factorised)
         self.factorised = factorised
         self.unshardable = None if factorised else "adapter.factorised=false: expected true"
         self.scalings: dict[str, SingularValueScaling] = {}

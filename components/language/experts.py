@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from components.files import check_file, replacing
+from components.language.singular_values import unscaled
 
 FORMAT = "tenfold expert 1"
 _ABOUT: dict[str, Any] = {"base": str, "task": str, "largest": float | None, "rescale": str}
@@ -87,7 +88,7 @@ class Expert:
         """p of z = largest * sigmoid(p), which the authors' code mixes; z where that is what was trained."""
         if self.largest is None:
             return self.scales
-        return {name: (z / self.largest).logit() for name, z in self.scales.items()}
+        return {name: unscaled(z, self.largest) for name, z in self.scales.items()}
 
 
 def _about(path: Path, text: str) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 Sun, Cetin and Tang, "Transformer-Squared: Self-adaptive LLMs", arXiv 2501.06252, section 3.1, and its authors' code,
 which besides keeps the sum of each matrix' singular values.
 
-Dimensions: o rows and i columns of a weight, r = min(o, i).
+Dimensions: o rows and i columns of a weight, r = min(o, i). Weights may be stacks of such, [..., o, i], as those of
+ensembles are; each is then scaled by itself, and the others' shapes have the same dimensions in front.
 """
 
 import contextlib
@@ -39,13 +40,13 @@ def checksum(weight: Tensor) -> str:
 
 
 def decompose(weight: Tensor, cache: str | Path | None = None) -> SVD:
-    """The decomposition of a weight [o, i] in single precision, on the weight's device.
+    """The decomposition of a weight [..., o, i] in single precision, on the weight's device.
 
     Args:
         weight: in any precision.
         cache: folder of decompositions by the checksums of their weights; None for none.
     """
-    if weight.dim() != 2:
+    if weight.dim() < 2:
         raise ValueError(f"weight: expected a matrix, found the shape {list(weight.shape)}.")
     path = None if cache is None else Path(cache) / f"{checksum(weight)[:32]}.safetensors"
     if path is not None and path.exists():
@@ -107,9 +108,8 @@ class SingularValueScaling(nn.Module):
             raise ValueError(f"Unknown rescale={rescale!r}: expected one of {', '.join(RESCALES)}.")
         if parametrization not in PARAMETRIZATIONS:
             raise ValueError(f"Unknown parametrization={parametrization!r}: expected one of {PARAMETRIZATIONS}.")
-        rows, columns = weight.shape
-        if (svd.u.shape[0], svd.vh.shape[1]) != (rows, columns):
-            raise ValueError(f"svd: expected one of a weight [{rows}, {columns}], found one of another shape.")
+        if (*svd.u.shape[:-1], svd.vh.shape[-1]) != weight.shape:
+            raise ValueError(f"svd: expected one of a weight {list(weight.shape)}, found one of another shape.")
         if max_scale <= 0:
             raise ValueError(f"max_scale={max_scale}: expected more than 0.")
         sigmoid = parametrization == "sigmoid"
@@ -142,13 +142,14 @@ class SingularValueScaling(nn.Module):
         scaled = self.s * z
         if self.rescale == "none":
             return scaled
-        total = scaled.sum()
-        return torch.where(total == 0, self.s, scaled * (self.s.sum() / torch.where(total == 0, 1.0, total)))
+        total = scaled.sum(-1, keepdim=True)
+        whole = self.s.sum(-1, keepdim=True)
+        return torch.where(total == 0, self.s, scaled * (whole / torch.where(total == 0, 1.0, total)))
 
     def compose(self, z: Tensor) -> Tensor:
         """The weight [o, i] of scales z [r]."""
         values = self.singular_values(z)
-        return ((self.u * values) @ self.vh.to(values.dtype)).to(self.weight.dtype)
+        return ((self.u * values[..., None, :]) @ self.vh.to(values.dtype)).to(self.weight.dtype)
 
     def forward(self, p: Tensor) -> Tensor:
         if self.is_base:
@@ -170,15 +171,21 @@ class SingularValueScaling(nn.Module):
         rescaling s_j q_j dz_j / dp_j.
         """
         z = self.scales(p)
-        q = (self.u * (gradient.to(self.s.dtype) @ self.vh.T.to(self.s.dtype))).sum(0)
+        q = (self.u * (gradient.to(self.s.dtype) @ self.vh.mT.to(self.s.dtype))).sum(-2)
         if self.rescale == "nuclear":
-            total = (self.s * z).sum()
-            factor = torch.where(total == 0, 0.0, self.s.sum() / torch.where(total == 0, 1.0, total))
+            total, whole = (self.s * z).sum(-1, keepdim=True), self.s.sum(-1, keepdim=True)
+            factor = torch.where(total == 0, 0.0, whole / torch.where(total == 0, 1.0, total))
             values = self.singular_values(z)
-            along = factor * self.s * (q - (values * q).sum() / self.s.sum())
+            along = factor * self.s * (q - (values * q).sum(-1, keepdim=True) / whole)
         else:
             along = self.s * q
         return along * (z * (1 - z / self.max_scale)) if self.parametrization == "sigmoid" else along
+
+
+def unscaled(z: Tensor, largest: float) -> Tensor:
+    """p of z = largest * sigmoid(p), finite also where the sigmoid has rounded to 0 or to 1."""
+    precision = torch.finfo(z.dtype)
+    return (z / largest).clamp(precision.tiny, 1 - precision.eps / 2).logit()
 
 
 def factorise(layer: nn.Linear) -> None:

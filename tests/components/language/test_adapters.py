@@ -1,10 +1,15 @@
+from functools import partial
+
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("peft")
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from components.control.actors import DeterministicActor
 from components.language.adapters import FullAdapter, LowRankAdapter, SingularValueAdapter, select_linears
+from components.networks.ensemble import EnsembleMLP, EnsembleResidualMLP
 
 LLAMA_3_8B = {
     "hidden_size": 4096,
@@ -198,9 +203,42 @@ def test_low_rank_updates_have_low_rank_and_scales_of_singular_values_do_not():
     assert ranks == [2, 16]
 
 
+ANY = {
+    "mlp": lambda: nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 3)),
+    "ensemble": lambda: EnsembleMLP(5, 3, members=2, hidden_dim=16, layers=1, last_gain=1.0),
+    "actor": lambda: DeterministicActor(5, 3, partial(EnsembleMLP, hidden_dim=16, layers=1, last_gain=1.0)),
+    "modern": lambda: EnsembleResidualMLP(5, 3, members=2, hidden_dim=16, last_gain=1.0),
+}
+
+
+@pytest.mark.parametrize("kind", ANY)
+def test_any_module_with_linear_layers_learns_by_its_singular_values(kind):
+    """Back to what it did before its singular values were changed, by a few numbers."""
+    torch.manual_seed(0)
+    model = ANY[kind]()
+    x = torch.randn(64, 5)
+    call = model.act if kind == "actor" else model
+    wanted = call(x).detach()
+    adapter = SingularValueAdapter(model, modules="linear")
+    members = 2 if kind in ("ensemble", "modern") else 1
+    assert adapter.count() == members * (5 + 3)  # the inner layers of "modern" keep their own spectral norm
+    moved(adapter)
+    before = (call(x) - wanted).square().mean().item()
+    optimizer = torch.optim.Adam(adapter.parameters.values(), lr=0.1)
+    for _ in range(100):
+        loss = (call(x) - wanted).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.01 * before
+    assert torch.equal(adapter.unload()(x) if kind != "actor" else adapter.unload().act(x), wanted)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: SingularValueAdapter(ANY["mlp"]()), "found none; modules=linear takes all it has"),
+        (lambda: SingularValueAdapter(ANY["ensemble"](), modules="linear", factorised=True), "found none"),
         (lambda: SingularValueAdapter(tiny(), modules="x"), "Unknown modules='x'"),
         (lambda: SingularValueAdapter(tiny(), layers="x"), "Unknown layers='x'"),
         (lambda: SingularValueAdapter(tiny(), modules=["x"]), "expected linear layers of such names"),

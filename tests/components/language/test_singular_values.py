@@ -3,9 +3,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from components.language.singular_values import SingularValueScaling, checksum, decompose, factorise
+from components.language.singular_values import SVD, SingularValueScaling, checksum, decompose, factorise, unscaled
 
-SHAPES = [(6, 4), (4, 6), (5, 5)]
+SHAPES = [(6, 4), (4, 6), (5, 5), (3, 6, 4)]
 
 
 def made(shape=(6, 4), dtype=torch.float64, **settings) -> tuple[SingularValueScaling, torch.Tensor]:
@@ -16,7 +16,7 @@ def made(shape=(6, 4), dtype=torch.float64, **settings) -> tuple[SingularValueSc
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     for name, part in (("u", u), ("s", s), ("vh", vh)):
         setattr(scaling, name, nn.Parameter(part, requires_grad=False))
-    return scaling, torch.randn(min(shape), dtype=dtype)
+    return scaling, torch.randn(*shape[:-2], min(shape[-2:]), dtype=dtype)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -33,13 +33,32 @@ def test_singular_values_are_scaled_and_keep_their_sum(shape):
     weight = scaling(p)
     values = torch.linalg.svdvals(weight)
     expected = scaling.s * p.sigmoid()
-    expected = expected * scaling.s.sum() / expected.sum()
+    expected = expected * scaling.s.sum(-1, keepdim=True) / expected.sum(-1, keepdim=True)
     torch.testing.assert_close(values, expected.sort(descending=True).values)
-    torch.testing.assert_close(values.sum(), torch.linalg.svdvals(scaling.weight).sum())
-    turned = scaling.u.T @ weight @ scaling.vh.T
-    torch.testing.assert_close(turned, torch.diag(turned.diag()))
+    torch.testing.assert_close(values.sum(-1), torch.linalg.svdvals(scaling.weight).sum(-1))
+    turned = scaling.u.mT @ weight @ scaling.vh.mT
+    torch.testing.assert_close(turned, torch.diag_embed(turned.diagonal(dim1=-2, dim2=-1)))
     plain, _ = made(shape, rescale="none", initial_mean=0.0)
     torch.testing.assert_close(torch.linalg.svdvals(plain(p)), (plain.s * p.sigmoid()).sort(descending=True).values)
+
+
+def test_a_stack_is_scaled_matrix_by_matrix():
+    scaling, p = made((3, 6, 4))
+    gradient = torch.randn(3, 6, 4, dtype=torch.float64)
+    for member in range(3):
+        own = SingularValueScaling(
+            scaling.weight[member], SVD(*(part[member] for part in (scaling.u, scaling.s, scaling.vh)))
+        )
+        torch.testing.assert_close(scaling(p)[member], own(p[member]))
+        torch.testing.assert_close(scaling.pull_back(p, gradient)[member], own.pull_back(p[member], gradient[member]))
+
+
+def test_scales_at_which_the_sigmoid_has_rounded_come_back():
+    p = torch.tensor([-120.0, -80.0, -3.0, 0.0, 5.0, 17.0, 40.0])
+    found = unscaled(2 * p.sigmoid(), 2.0)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found.sigmoid(), p.sigmoid())
+    torch.testing.assert_close(found[1:5], p[1:5], rtol=1e-4, atol=1e-4)  # where it has not, p itself
 
 
 def test_only_the_profile_of_scales_matters_with_rescaling():
