@@ -525,6 +525,32 @@ def test_paper_scale_of_incremental_experiments(name):
     assert (config.module.optimizer.lr, config.module.optimizer.weight_decay) == (0.1, 5e-4)
 
 
+@pytest.mark.parametrize(("group", "home"), [("store", "datamodule.store"), ("mixing", "module.encoder.mixing")])
+def test_what_is_put_elsewhere_is_the_same_there(group, home):
+    for option in (path.stem for path in (CONFIGS / group).glob("*.yaml")):
+        there = composed(f"+{group}@elsewhere={option}", "codec=digits")
+        here = composed(f"{group}={option}", "codec=digits")
+        assert there.elsewhere._target_
+        assert OmegaConf.to_container(there.elsewhere) == OmegaConf.to_container(OmegaConf.select(here, home))
+        assert OmegaConf.select(there, home) is None
+
+
+@pytest.mark.parametrize("option", ["raw", "jpeg", "webp", "fixed", "static", "bits_back"])
+def test_a_store_keeps_images_outside_of_class_incremental_learning(option, tmp_path):
+    torch.manual_seed(0)
+    config = composed(f"+store@keep={option}", "codec=digits")
+    if "weights" in config.keep:
+        config.keep.weights = str(tmp_path / "codec.safetensors")
+        instantiate(config.codec)(image_shape=(1, 8, 8)).save(config.keep.weights)
+    store = instantiate(config.keep)(image_shape=(1, 8, 8))
+    images = torch.randint(256, (5, 1, 8, 8), dtype=torch.uint8)
+    kept = store.shrink(images)
+    restored = store.restore(store.unpack(store.pack(kept), 5))
+    assert torch.equal(restored, store.restore(kept))
+    assert (restored.shape, restored.dtype) == (images.shape, images.dtype)
+    assert torch.equal(restored, images) == (option == "raw")
+
+
 def test_a_codec_that_was_not_trained_is_one_sentence(tmp_path):
     config = composed("experiment=drr_digits", f"study_dir={tmp_path}")
     with pytest.raises(Exception, match="expected a trained codec, found none; `module=image_codec` trains one"):
