@@ -51,7 +51,8 @@ class TransformCodec(DiscreteAutoencoder):
         return []
 
     def decode(self, codes: Tensor) -> Tensor:
-        return self._cropped(self._decode([(codes - self.bound).float().view(-1, *self.latent_shape)]))
+        values = (codes - self.bound).to(self.decoder[0].weight.dtype)
+        return self._cropped(self._decode([values.view(-1, *self.latent_shape)]))
 
     def _quantise(self, x: Tensor) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         y = self.encoder(x)

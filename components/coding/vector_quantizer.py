@@ -82,9 +82,9 @@ class VectorQuantizer(nn.Module):
         return Quantised(straight, index, commitment)
 
     def nearest(self, z: Tensor) -> Tensor:
-        """[..., D] -> [...], int64. In float32, whatever the vectors' type."""
+        """[..., D] -> [...], int64. In the codebook's precision, whatever the vectors' is."""
         with torch.autocast(z.device.type, enabled=False):
-            z = z.detach().float()
+            z = z.detach().to(self.codebook.dtype)
             distance = self.codebook.square().sum(1) - 2 * z @ self.codebook.T  # less |z|^2, the same for all codes
             return distance.argmin(-1)
 
@@ -94,7 +94,7 @@ class VectorQuantizer(nn.Module):
 
     def _draw(self, z: Tensor) -> Tensor:
         """K vectors of the batch [N, D], the same in all processes."""
-        drawn = z[torch.randint(len(z), (self.codes,), device=z.device)].float()
+        drawn = z[torch.randint(len(z), (self.codes,), device=z.device)].to(self.codebook.dtype)
         broadcast_(drawn)
         return drawn
 
@@ -107,8 +107,8 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def _follow(self, z: Tensor, index: Tensor, drawn: Tensor) -> None:
         # A product instead of index_add_, which on a GPU adds in any order.
-        members = nn.functional.one_hot(index, self.codes).float()
-        counts, sums = members.sum(0), members.T @ z.float()
+        members = nn.functional.one_hot(index, self.codes).to(self.sums.dtype)
+        counts, sums = members.sum(0), members.T @ z.to(self.sums.dtype)
         sum_([counts, sums])
         self.counts.lerp_(counts, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)

@@ -90,7 +90,8 @@ class DiscreteAutoencoder(nn.Module, ABC):
     def _padded(self, images: Tensor) -> Tensor:
         if images.shape[1:] != self.image_shape:
             raise ValueError(f"Images of shape {list(images.shape[1:])}: expected {list(self.image_shape)}.")
-        return nn.functional.pad(self.scaled(images), self._border * 2, value=-1.0)
+        scaled = self.scaled(images).to(next(self.parameters()).dtype)
+        return nn.functional.pad(scaled, self._border * 2, value=-1.0)
 
     def _cropped(self, x: Tensor) -> Tensor:
         begin, size = self._border[0], self.image_shape[1]

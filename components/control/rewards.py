@@ -49,7 +49,8 @@ def _quadratic(d: Tensor, value: float) -> Tensor:
 
 
 def _tanh_squared(d: Tensor, value: float) -> Tensor:
-    return 1 - torch.tanh(d * math.atanh(math.sqrt(1 - value))).square()
+    # acosh(1 / sqrt(value)) is atanh(sqrt(1 - value)), and finite however small the value is.
+    return 1 - torch.tanh(d * math.acosh(1 / math.sqrt(value))).square()
 
 
 # How the value falls with the distance `d >= 0` from the bounds in margins: 1 at d = 0, `value` at d = 1.

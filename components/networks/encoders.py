@@ -134,7 +134,7 @@ class PixelEncoder(Encoder):
         if self.augmentation is not None and self.training:
             observation = self.augmentation(observation)
         x = observation.contiguous(memory_format=torch.channels_last).float() / 255 - 0.5
-        x = self._mixed(x, 0)
+        x = self._mixed(x.to(self.convolutions[0].weight.dtype), 0)
         for block, convolution in enumerate(self.convolutions, 1):
             x = self._mixed(convolution(x).relu(), block)
         return x.flatten(1)

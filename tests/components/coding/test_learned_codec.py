@@ -23,6 +23,8 @@ def test_numbers_are_whole_and_decode_to_the_reconstruction(size):
     assert out.codes.max() < codec.codes == 9
     assert torch.equal(codec.encode(images(size=size)), out.codes)
     assert torch.equal(codec.decode(out.codes), out.images)
+    torch.testing.assert_close(codec.double().decode(out.codes).float(), out.images, rtol=1e-4, atol=1e-5)
+    assert torch.equal(codec.encode(images(size=size)), out.codes)
 
 
 def test_training_adds_noise_and_counts_bits():

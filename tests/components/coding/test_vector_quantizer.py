@@ -139,3 +139,18 @@ def test_perplexity():
 def test_settings_that_make_no_sense_are_named(settings):
     with pytest.raises(ValueError, match=f"{next(iter(settings))}="):
         made(**settings)
+
+
+def test_in_double_precision_it_follows_as_in_single():
+    single, double = made(decay=0.5, restart_below=0.5), made(decay=0.5, restart_below=0.5).double()
+    for step in range(4):
+        z = vectors(32, 3, seed=step)
+        outs = []
+        for quantizer, own in ((single, z), (double, z.double())):
+            torch.manual_seed(step)
+            outs.append(quantizer(own))
+        assert torch.equal(outs[0].index, outs[1].index)
+        assert outs[1].values.dtype == double.codebook.dtype == torch.float64
+        torch.testing.assert_close(double.codebook.float(), single.codebook, rtol=1e-4, atol=1e-5)
+    half = vectors(32, 3, seed=5).bfloat16()  # vectors of another precision than the codebook's
+    assert torch.equal(double.eval()(half).index, single.eval()(half).index)

@@ -1,3 +1,4 @@
+import copy
 from functools import partial
 
 import pytest
@@ -48,6 +49,17 @@ def test_decoding_what_was_encoded_is_the_reconstruction_to_the_bit(two_levels):
     assert torch.equal(made.encode(x), out.codes)
     assert torch.equal(made.decode(out.codes), out.images)
     assert made.to_images(out.images).dtype == torch.uint8
+
+
+@pytest.mark.parametrize("two_levels", [False, True])
+def test_double_precision_does_what_single_does(two_levels):
+    single = small(two_levels)
+    single(images(32, 1, 28))
+    double = copy.deepcopy(single.eval()).double()
+    outs = [made(images(4, 1, 28)) for made in (single, double)]
+    assert torch.equal(outs[1].codes, outs[0].codes)
+    torch.testing.assert_close(outs[1].images.float(), outs[0].images, rtol=1e-4, atol=1e-5)
+    assert torch.equal(double.decode(outs[1].codes), outs[1].images)
 
 
 def test_codes_are_the_top_level_then_the_bottom_one_row_by_row():

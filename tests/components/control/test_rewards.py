@@ -31,6 +31,12 @@ def test_tolerance_equals_dm_control(sigmoid: str, margin: float, lower: float, 
         torch.testing.assert_close(ours, torch.as_tensor(theirs), rtol=1e-12, atol=1e-12)
 
 
+def test_tolerance_falls_to_any_small_value() -> None:
+    distance = torch.tensor([0.0, 1.0])
+    found = tolerance(distance, margin=1.0, sigmoid="tanh_squared", value_at_margin=1e-18)
+    torch.testing.assert_close(found, torch.tensor([1.0, 0.0]), rtol=0, atol=1e-6)
+
+
 def test_tolerance_keeps_nan_visible() -> None:
     assert tolerance(torch.tensor([math.nan]), 0, 1).isnan().all()
     assert tolerance(torch.tensor([math.nan]), 0, 1, 1.0).isnan().all()

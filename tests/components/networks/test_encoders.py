@@ -92,6 +92,16 @@ def test_trunk():
     torch.testing.assert_close(trunk(x), expected)
 
 
+def test_encoder_in_double_precision_is_that_in_single():
+    outs = []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        encoder = PixelEncoder((9, 20, 20), channels=4, mixing=SignalMixing, augmentation=RandomShift(2)).to(dtype)
+        outs.append(encoder(pictures(8, 9, 20, 20)))
+    assert outs[1].dtype == torch.float64
+    torch.testing.assert_close(outs[1].float(), outs[0], rtol=1e-4, atol=1e-4)
+
+
 def test_encoder_in_half_precision_and_compiled_scores_in_float32():
     torch.manual_seed(0)
     encoder, seen = (
