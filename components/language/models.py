@@ -62,7 +62,7 @@ class PretrainedFolder:
         """It pads on the left, where completions begin right after their prompts.
 
         Raises:
-            ValueError: it can't be loaded, or knows no token that ends a text.
+            ValueError: it can't be loaded, knows no token that ends a text, or more tokens than the model.
         """
         transformers = _transformers()
         with self._loading():
@@ -75,6 +75,15 @@ class PretrainedFolder:
             )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
+        with self._loading():
+            config = json.loads((self.path / "config.json").read_text())
+            known = {**config, **config.get("text_config", {})}.get("vocab_size", len(tokenizer))
+        last = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+        if last[1] >= known:
+            raise ValueError(
+                f"{self.path}: expected a tokenizer of the {known} tokens that config.json's vocab_size gives the "
+                f"model, found {last[0]!r} with the number {last[1]}."
+            )
         return tokenizer
 
     @cached_property
@@ -95,7 +104,7 @@ class PretrainedFolder:
             dtype: of its weights, ``float32``, ``bfloat16``, or ``auto``: bfloat16 where the machine computes with it.
 
         Raises:
-            ValueError: it can't be loaded.
+            ValueError: it can't be loaded, or its weights are not finite.
         """
         if dtype not in ("float32", "bfloat16", "auto"):
             raise ValueError(f"dtype={dtype}: expected float32, bfloat16 or auto.")
@@ -116,6 +125,9 @@ class PretrainedFolder:
                 f"{self.path}: expected weights for all that config.json describes, found none for "
                 f"{sorted(found['missing_keys'])[0]}."
             )
+        for name, parameter in model.named_parameters():
+            if not parameter.isfinite().all():
+                raise ValueError(f"{self.path}: expected finite weights, found NaN or infinity in {name}.")
         model.generation_config = transformers.GenerationConfig()
         return model.eval()
 

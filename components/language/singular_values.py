@@ -48,6 +48,8 @@ def decompose(weight: Tensor, cache: str | Path | None = None) -> SVD:
     """
     if weight.dim() < 2:
         raise ValueError(f"weight: expected a matrix, found the shape {list(weight.shape)}.")
+    if not weight.is_meta and not weight.isfinite().all():
+        raise ValueError("weight: expected finite numbers, found NaN or infinity, of which there is no decomposition.")
     path = None if cache is None else Path(cache) / f"{checksum(weight)[:32]}.safetensors"
     if path is not None and path.exists():
         with contextlib.suppress(SafetensorError, KeyError):  # one that is damaged is made anew

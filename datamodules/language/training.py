@@ -28,8 +28,9 @@ class Prompts:
 
     Args:
         language_model: whose tokenizer is used.
-        template: of a prompt, with ``{question}`` and ``{prefix}``, how the answer begins; None for the tokenizer's own
-            chat template, behind which the prefix is put.
+        template: of a prompt, with ``{question}`` and ``{prefix}``, how the answer begins, behind the token that the
+            tokenizer begins texts with, if it does; None for the tokenizer's own chat template, behind which the prefix
+            is put.
         turn_end: what follows an answer where examples stand before the question; of no meaning without a template.
 
     Attributes:
@@ -41,13 +42,16 @@ class Prompts:
         if template is not None and not all(field in template for field in ("{question}", "{prefix}")):
             raise ValueError(f"template={template!r}: expected {{question}} and {{prefix}} in it.")
         self.tokenizer = language_model.tokenizer
+        self.path = language_model.path
         self.template = template
         self.turn_end = turn_end
         self.ends = language_model.ends
         self.end = self.ends[0]
+        first = self.tokenizer("a")["input_ids"][:1]
+        self.begin = self.tokenizer.bos_token if first == [self.tokenizer.bos_token_id] else ""
         if template is None:
             if self.tokenizer.chat_template is None:
-                raise ValueError(f"template: expected one, for the tokenizer of {language_model.path} has none.")
+                raise ValueError(f"template: expected one, for the tokenizer of {self.path} has none.")
             told = self.encode([self._turns([("?", "!")])])[0][0].tolist()
             self.end = next((token for token in reversed(told) if token in self.ends), self.end)
 
@@ -56,17 +60,35 @@ class Prompts:
         if self.template is None:
             return self._turns(examples, question) + prefix
         before = "".join(self._filled(*example) + self.turn_end for example in examples)
-        return before + self._filled(question, prefix)
+        return self.begin + (before + self._filled(question, prefix)).removeprefix(self.begin)
 
     def _filled(self, question: str, prefix: str) -> str:
         return self.template.replace("{prefix}", prefix).replace("{question}", question)
 
     def _turns(self, examples: Sequence[tuple[str, str]], question: str | None = None) -> str:
-        """A conversation as the chat template has it."""
+        """A conversation as the chat template has it.
+
+        Raises:
+            ValueError: it fails, or leaves out what was said.
+        """
         said = [[{"role": "user", "content": asked}, {"role": "assistant", "content": own}] for asked, own in examples]
         turns = [turn for pair in said for turn in pair]
         turns += [] if question is None else [{"role": "user", "content": question}]
-        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=question is not None)
+        try:
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=question is not None)
+        except Exception as error:  # jinja's, and whatever a template's expressions raise
+            cause = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ValueError(
+                f"{self.path}: expected a chat template for questions and answers in turn, found one that fails "
+                f"({cause}); template= takes its place."
+            ) from error
+        for turn in turns:
+            if turn["content"].strip() not in text:
+                raise ValueError(
+                    f"{self.path}: expected a chat template that says what it is given, found one that leaves out what "
+                    f"the {turn['role']} says, {turn['content']!r:.80}; template= takes its place."
+                )
+        return text
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids [B, L], padded on the left, and their mask."""

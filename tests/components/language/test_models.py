@@ -1,3 +1,4 @@
+import copy
 import itertools
 import json
 import math
@@ -203,6 +204,26 @@ def test_folders_that_hold_no_model_are_named(tmp_path, model):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="expected weights in files"):
         PretrainedFolder(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_named(model, language_folder, tmp_path):
+    shutil.copytree(language_folder, tmp_path, dirs_exist_ok=True)
+    broken = copy.deepcopy(model)
+    broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.inf
+    broken.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"^{tmp_path}: expected finite weights, found .* in model\.layers\.1\.mlp\.up_p"
+    ):
+        PretrainedFolder(tmp_path).model()
+
+
+def test_a_tokenizer_that_knows_more_than_the_model_is_named(language_folder, tmp_path):
+    shutil.copytree(language_folder, tmp_path, dirs_exist_ok=True)
+    tokenizer = PretrainedFolder(tmp_path).tokenizer
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}: .* the 257 tokens .* found '<more>' with the number 257\.$"):
+        _ = PretrainedFolder(tmp_path).tokenizer
 
 
 def test_what_is_not_installed_is_named(tmp_path):

@@ -116,6 +116,8 @@ def test_factors_one_after_the_other_are_the_composed_weight(bias):
 def test_what_does_not_fit_is_named():
     with pytest.raises(ValueError, match=r"weight: expected a matrix, found the shape \[3\]"):
         decompose(torch.randn(3))
+    with pytest.raises(ValueError, match="weight: expected finite numbers, found NaN or infinity"):
+        decompose(torch.tensor([[1.0, torch.nan], [0.0, 1.0]]))
     with pytest.raises(ValueError, match=r"svd: expected one of a weight \[32, 8\]"):
         SingularValueScaling(torch.randn(32, 8), decompose(torch.randn(3, 4)))
 

@@ -1,13 +1,18 @@
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+
+pytest.importorskip("transformers")
+from tokenizers.processors import TemplateProcessing
 
 from components.language.models import PretrainedFolder
 from datamodules.language.questions import family
 from datamodules.language.training import LanguageDataModule, Prompts
 
 TEMPLATE = "[{question}]{prefix}"
+TURNS = "{% for turn in messages %}CONTENT{% endfor %}"
 
 
 @pytest.fixture
@@ -49,6 +54,53 @@ def total(text: str) -> int:
     from datamodules.language.questions import numbers
 
     return int(sum(numbers(text)))
+
+
+def chatting(language_folder, tmp_path, template: str) -> Prompts:
+    """Prompts of a model with another chat template."""
+    shutil.copytree(language_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    return Prompts(PretrainedFolder(tmp_path), None)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (TURNS.replace("CONTENT", "{{ turn.role }}"), r"leaves out what the user says, '\?'"),
+        (
+            TURNS.replace("CONTENT", "{% if turn.role == 'user' %}{{ turn.content }}{% endif %}"),
+            "the assistant says, '!'",
+        ),
+        ("{% for", r"found one that fails \("),
+        ("{{ raise_exception('never') }}", r"found one that fails \(never\)"),
+        ("{{ messages + 1 }}", r"found one that fails \("),
+    ],
+)
+def test_chat_templates_that_say_something_else_are_named(language_folder, tmp_path, template, message):
+    with pytest.raises(ValueError, match=rf"^{tmp_path}: expected a chat template[^\n]*{message}[^\n]*"):
+        chatting(language_folder, tmp_path, template).text("Why so?", "Because", [("Is it?", "No, it is not.")])
+
+
+def test_chat_templates_may_trim_what_is_said(language_folder, tmp_path):
+    prompts = chatting(language_folder, tmp_path, TURNS.replace("CONTENT", "{{ turn.content | trim }}|"))
+    assert prompts.text(" Why? ", "Because") == "Why?|Because"
+
+
+def test_the_token_that_begins_texts_begins_those_of_a_template(language_folder, tmp_path):
+    shutil.copytree(language_folder, tmp_path, dirs_exist_ok=True)
+    tokenizer = PretrainedFolder(tmp_path).tokenizer
+    tokenizer.bos_token = tokenizer.eos_token  # a token that the model has
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 256)])
+    tokenizer.save_pretrained(tmp_path)
+
+    def ids(folder, template: str) -> list[int]:
+        prompts = Prompts(PretrainedFolder(folder), template)
+        return prompts.encode([prompts.text("Why?", "So", [("Is it?", "No")])])[0][0].tolist()
+
+    expected = [256, *ids(language_folder, TEMPLATE)]
+    assert ids(tmp_path, TEMPLATE) == expected
+    plain = Prompts(PretrainedFolder(tmp_path), f"<end>{TEMPLATE}")
+    assert plain.encode([plain.text("Why?", "So")])[0][0].tolist().count(256) == 1  # not twice
 
 
 def test_prompts_survive_the_tokenizer(folder):
