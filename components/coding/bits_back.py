@@ -24,6 +24,7 @@ from components.checks import check_counts
 _Coder = constriction.stream.stack.AnsCoder
 _CATEGORICAL = constriction.stream.model.Categorical(perfect=False)  # an exact one takes 45 times as long
 _CHUNK = 1000  # samples that a table of probabilities is made for at once
+_FEW = 8  # values of a symbol
 _STATE_WORDS = 2  # of the coder's head, beside which words lie untouched
 
 
@@ -182,7 +183,9 @@ class BitsBackCoder:
         with _exactly():
             logits = self.model.logits(self._values(above))
             _check_precision(logits)
-            table = ((logits * 256).round() / 256).softmax(-1).flatten(0, 1).float()
+            table = logits.float().mul_(256).round_().div_(256).flatten(0, 1)
+            # Of few values, a softmax over rows side by side is four times as fast as one row after the other.
+            table = table.T.contiguous().softmax(0).T if table.shape[1] <= _FEW else table.softmax(1)
         # A table that does not lie row by row is misread without a word.
         return np.ascontiguousarray(table.numpy())
 
