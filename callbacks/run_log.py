@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from components.files import naming, replacing
+from components.files import naming, read_text, replacing
 
 CLOCKS = ("updates", "env_steps", "seconds")
 
@@ -94,8 +94,7 @@ def recorded(folder: Path, updates: int) -> list[dict[str, float]]:
 
 def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """Header and rows of a CSV file, without a line that was torn by a kill."""
-    with open(path, newline="") as file:
-        text = file.read()
+    text = read_text(path, "the log of a run")
     reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
     rows = list(reader)
     return list(reader.fieldnames or []), rows

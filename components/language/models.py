@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from components.files import check_file, replacing, visible_files
+from components.files import check_file, read_text, replacing, visible_files
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
@@ -93,7 +93,7 @@ class PretrainedFolder:
         for name in ("generation_config.json", "config.json"):
             if (self.path / name).exists():
                 with self._loading():
-                    named = json.loads((self.path / name).read_text()).get("eos_token_id")
+                    named = json.loads(read_text(self.path / name, "JSON")).get("eos_token_id")
                 ids += named if isinstance(named, list) else [named]
         return list(dict.fromkeys(id for id in ids if id is not None))
 

@@ -45,3 +45,11 @@ def test_new_metric_gets_a_column(log, tmp_path):
     header, rows = read_rows(tmp_path / "train.csv")
     assert header[-1] == "noise"
     assert [row["noise"] for row in rows] == ["", "0.1", ""]
+
+
+def test_a_log_that_is_no_text_is_named(log, tmp_path):
+    write(log, 1)
+    with open(tmp_path / "train.csv", "ab") as file:
+        file.write(b"2,\xff\n")
+    with pytest.raises(ValueError, match=r"train.csv: expected text in UTF-8, found something else"):
+        log.rewind(2)

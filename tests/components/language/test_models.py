@@ -129,6 +129,9 @@ def test_a_folder_names_further_ends(language_folder, tmp_path):
     assert PretrainedFolder(folder).ends == [256]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 256]}))
     assert PretrainedFolder(folder).ends == [256, 7]
+    (folder / "generation_config.json").write_bytes(b'{"of": "Andr\xe9"}')
+    with pytest.raises(ValueError, match=r"generation_config.json: expected text in UTF-8, found something else"):
+        PretrainedFolder(folder).ends  # noqa: B018 - it is read when it is asked for
 
 
 def test_samples_have_the_models_probabilities(model):
