@@ -9,8 +9,8 @@ all. A checkpoint of classes outside of this project, your own, is only rebuilt 
 """
 
 import math
+import shlex
 import sys
-import time
 from typing import Any
 
 import lightning as L
@@ -21,6 +21,7 @@ from launch.errors import CommandLineError, run_reporting_errors
 from launch.files import write_json
 from launch.recipes import find_checkpoint, find_checkpoints, rebuild, study_of
 from launch.report import metrics_table
+from launch.runs import new_folder
 from launch.study import quieten
 
 DEFAULTS = {
@@ -79,11 +80,12 @@ def main() -> None:
     study = study_of(path)
     others = [] if study is None else [other for other in find_checkpoints(study) if other != path.resolve()]
     if others:
-        print(f"The study has {len(others)} more: name one to evaluate it, such as ckpt_path={others[0]}.", flush=True)
+        another = shlex.quote(f"ckpt_path={others[0]}")
+        print(f"The study has {len(others)} more: name one to evaluate it, such as {another}", flush=True)
 
     beside = path.resolve().parent
     run = beside.parent if beside.name == "checkpoints" else beside
-    folder = run / "evaluations" / time.strftime("%Y-%m-%d_%H-%M-%S")
+    folder = new_folder(run / "evaluations")
     callbacks = [RewardCurves(folder), Films(folder, seconds=given["seconds"]), Results(folder)]
     trainer = L.Trainer(
         accelerator="auto",

@@ -63,7 +63,8 @@ def make_module(overrides: list[str], sizes: Sizes, device: torch.device) -> tup
 def arm_of(experiment: str, arm: str) -> list[str]:
     """The overrides that compose an experiment's arm."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return [f"experiment={experiment}", *compose("train", [f"experiment={experiment}"]).arms[arm]]
+        config = OmegaConf.to_container(compose("train", [f"experiment={experiment}"]))
+    return [f"experiment={experiment}", *config["arms"][arm]]
 
 
 def make_data(sizes: tuple[int, int], device: torch.device) -> TensorDict:

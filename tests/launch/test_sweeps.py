@@ -1,0 +1,79 @@
+"""Searches and sweeps with Hydra's sweepers and launchers."""
+
+import json
+
+import pytest
+import yaml
+
+OPTUNA = ("-m", "hydra/sweeper=optuna", "hydra.sweeper.sampler.seed=0", "hydra.sweeper.direction=maximize")
+
+
+def test_a_search_maximises_what_it_is_asked_for(program, two_arms, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    search = ("objective=eval/goals/score", "hydra.sweeper.n_trials=2", "module.learning_rate=interval(1e-4,1e-2)")
+    finished = program(*two_arms, f"output_root={tmp_path}", *OPTUNA, *search, "module.updates=5")
+    assert finished.code == 0, finished.err
+    (sweep,) = (tmp_path / "sweep").iterdir()
+    found = yaml.safe_load((sweep / "optimization_results.yaml").read_text())
+    scores = {}
+    for number in range(2):
+        arms = json.loads((sweep / str(number) / "results.json").read_text())["arms"]
+        assert arms.keys() == {"fb_narrow", "fb_aw_narrow", "random policy"}  # which is not searched for
+        scores[number] = sum(arms[arm]["goals/score"]["mean"] for arm in ("fb_narrow", "fb_aw_narrow")) / 2
+    assert scores[0] != scores[1]
+    assert found["best_value"] == pytest.approx(max(scores.values()))
+    best = max(scores, key=scores.get)
+    overrides = yaml.safe_load((sweep / str(best) / "run.yaml").read_text())["overrides"]
+    assert f"module.learning_rate={found['best_params']['module.learning_rate']}" in overrides
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        ([], "objective=null: expected eval/METRIC, the number that the search is for."),
+        (
+            ["objective=eval/goal/score"],
+            "objective=eval/goal/score: expected a metric of the evaluation, one of eval/goals",
+        ),
+    ],
+)
+def test_a_search_for_nothing_is_one_sentence(program, one_arm, tmp_path, objective, message):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    search = (*OPTUNA, "hydra.sweeper.n_trials=1", "module.learning_rate=choice(1e-3)", *objective)
+    finished = program(*one_arm, f"output_root={tmp_path}", *search, "module.updates=5")
+    assert finished.code != 0
+    assert finished.err.splitlines()[-1].startswith(message)
+
+
+def test_a_run_that_fails_does_not_end_a_sweep(program, one_arm, tmp_path):
+    finished = program("-m", *one_arm, f"output_root={tmp_path}", "module.updates=7,5")
+    assert finished.code == 1
+    assert finished.err.splitlines()[-1].startswith("updates=7 is no multiple of updates_per_step=5.")
+    (sweep,) = (tmp_path / "sweep").iterdir()
+    assert [folder.name for folder in sweep.iterdir()] == ["1"]
+    assert (sweep / "1" / "report.md").exists()
+
+
+@pytest.mark.slow
+def test_trainings_beside_each_other_are_the_same_as_one_after_the_other(spawn, program, one_arm, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    sweep = (*one_arm, "-m", "seed=0,1", "module.updates=5")
+    beside = spawn(*sweep, f"output_root={tmp_path}/beside", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    after = program(*sweep, f"output_root={tmp_path}/after")
+    assert after.code == 0, after.err
+    _, err = beside.communicate(timeout=120)
+    assert beside.returncode == 0, err
+    folders = [next((tmp_path / name / "sweep").iterdir()) for name in ("beside", "after")]
+    for seed in (0, 1):
+        results = [json.loads((folder / str(seed) / "results.json").read_text())["arms"] for folder in folders]
+        assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("cluster", ["local", "slurm"])
+def test_launchers_of_clusters_compose(program, cluster):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    finished = program("experiment=fb_overdrive", f"hydra/launcher=submitit_{cluster}", "--cfg", "hydra")
+    assert finished.code == 0, finished.err
+    launcher = yaml.safe_load(finished.out)["hydra"]["launcher"]
+    assert launcher["_target_"].endswith(f"{cluster.capitalize()}Launcher")
+    assert launcher["name"] == "${hydra.job.name}"
