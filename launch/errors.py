@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import (
     ConfigCompositionException,
@@ -28,7 +29,7 @@ from launch.values import missing_package, one_of
 
 TRACEBACK = "TENFOLD_TRACEBACK"
 MOST_CHARACTERS = 300  # of what others say at length
-TECHNICAL = re.compile(r"(object|reference)_type=|full_key: ")
+TECHNICAL = re.compile(r"(object|reference)_type=|full_key")
 KEY = re.compile(r"full_key: (\S+)")
 RESOLVING = re.compile(r"\w+ raised while resolving interpolation: ")
 
@@ -59,9 +60,16 @@ def errors_past_hydra() -> Iterator[None]:
         yield
     except Exception as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            traceback.clear_frames(error.__traceback__)  # or the run's model would stay in memory
+            _release(error)
             raise
         raise _Escaped from error
+
+
+def _release(error: BaseException | None) -> None:
+    """Let go of what the frames of an error and its causes hold, such as a model."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def run_reporting_errors(main: Callable[[], None]) -> int:
@@ -124,6 +132,9 @@ def _report(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, MissingMandatoryValue | InterpolationToMissingValueError) and not _given_experiment():
         names = ", ".join(name for name in _experiments() if "/" not in name)
         return 2, f"Which experiment? Add experiment=NAME, NAME one of {names}; --help describes them, and more."
+    if isinstance(error, MissingMandatoryValue | InterpolationToMissingValueError):
+        missing = str(error).splitlines()[0].split(": ")[-1]
+        return 2, f"{missing}: expected a value in experiment={_given_experiment()} or on the command line, found none."
     if isinstance(error, MissingConfigException):
         missing = str(error.missing_cfg_file)
         if missing.startswith("experiment/"):
@@ -133,8 +144,8 @@ def _report(error: BaseException) -> tuple[int, str] | None:
         return 2, f"Unknown option {missing}{options}."
     if isinstance(error, ConfigCompositionException):
         unknown = re.search(r"Could not override '([^']+)'", str(error))
-        if unknown:
-            return 2, _unknown(unknown.group(1))
+        if unknown and unknown[1] in map(override_key, sys.argv[1:]):
+            return 2, _unknown(unknown[1])
         cause = f": {_one_line(error.__cause__)}" if error.__cause__ is not None else ""
         return 2, f"{_one_line(error)}{cause}."
     if isinstance(error, HydraException | OmegaConfBaseException):
@@ -143,6 +154,8 @@ def _report(error: BaseException) -> tuple[int, str] | None:
         return 2, f"{where}{_one_line(error)}."
     if isinstance(error, CommandLineError):
         return 2, f"{_one_line(error)}."
+    if isinstance(error, yaml.YAMLError):  # of a configuration; names the file
+        return 1, f"{_one_line(error)}."
     if isinstance(error, ModuleNotFoundError):
         return 1, f"{_one_line(error)}: {missing_package(error)}."
     if isinstance(error, OSError) and error.errno is not None:

@@ -34,6 +34,11 @@ def experiment_list(search_path: Sequence[str] = ()) -> str:
     return "\n".join(lines).replace("$", "$$")  # Hydra puts it into a template
 
 
+def missing_folders(search_path: Sequence[str]) -> list[str]:
+    """Those folders and packages of a search path that are not there."""
+    return [source.path for source in _repository(search_path).get_sources() if not source.available()]
+
+
 def is_group(key: str, search_path: Sequence[str] = ()) -> bool:
     """Whether a key chooses one of several files."""
     return _repository(search_path).group_exists(key.split("@")[0])

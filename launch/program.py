@@ -4,6 +4,7 @@ A module of its own rather than the script: programs that a sweep's launchers st
 configurations call.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +12,17 @@ from pathlib import Path
 import hydra
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser  # the one that Hydra reads the command line with
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from launch.errors import CommandLineError, errors_past_hydra
-from launch.experiments import CONFIGS, experiment_list
+from launch.experiments import CONFIGS, experiment_list, is_group, missing_folders
 from launch.overrides import SEARCH_PATH, given_value, override_key, quoted
 from launch.runs import merged, newest_run, run_folder, run_of
+
+SWEEP_FOLDER = "hydra.sweep.dir"
 
 OmegaConf.register_new_resolver("experiment_list", experiment_list)
 OmegaConf.register_new_resolver("sum", lambda numbers: sum(numbers.values() if hasattr(numbers, "values") else numbers))
@@ -34,6 +40,10 @@ def train(_: DictConfig) -> float | None:
     # Lightning takes many seconds to import, and help and typing errors do not need it.
     from launch.study import run_study
 
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode == RunMode.MULTIRUN and given_value(sys.argv[1:], SWEEP_FOLDER) is None:
+        # The other processes of a run are started with the same command line, and make the whole sweep beside this one.
+        sys.argv.append(f"{SWEEP_FOLDER}={quoted(os.path.abspath(hydra_config.sweep.dir))}")
     with errors_past_hydra():
         return run_study()
 
@@ -51,6 +61,7 @@ def completed(arguments: Sequence[str]) -> list[str]:
     options = get_args_parser().parse_intermixed_args(arguments)
     flags = [argument for argument in arguments if argument not in options.overrides]
     overrides = _with_search_path(options.overrides, options.config_dir)
+    _check_groups(overrides)
     asked = given_value(overrides, "ckpt_path")
     if asked is None or options.help or options.hydra_help:
         return [*flags, *overrides]
@@ -74,19 +85,25 @@ def _newest_run(overrides: Sequence[str], experiment: str) -> Path:
         return newest_run(config.output_root, config.name, experiment)
 
 
+def _check_groups(overrides: Sequence[str]) -> None:
+    """Raise a CommandLineError where a group is given something else than the name of an option."""
+    search_path = given_value(overrides, SEARCH_PATH) or ()
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        names = override.value() if isinstance(override.value(), list) else [override.value()]
+        named = override.is_delete() or override.is_sweep_override() or all(isinstance(name, str) for name in names)
+        if not named and is_group(override.key_or_group, search_path):
+            raise CommandLineError(f"{override.input_line}: expected the name of an option of {override.key_or_group}.")
+
+
 def _with_search_path(overrides: Sequence[str], config_dir: str | None) -> list[str]:
     """The overrides, with the whole search path absolute in one of them, the first."""
     entries = given_value(overrides, SEARCH_PATH) or []
     if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
         return list(overrides)  # Hydra says what it expects
-    found = []
-    for entry in [config_dir, *entries] if config_dir is not None else entries:
-        path = str(entry).removeprefix("file://")
-        if "://" in path or "${" in path:
-            found.append(path)
-        elif not Path(path).is_dir():
-            raise CommandLineError(f"{SEARCH_PATH}={path}: expected a folder of configurations, found none.")
-        else:
-            found.append(f"file://{Path(path).resolve()}")
+    found = [*([config_dir] if config_dir is not None else []), *map(str, entries)]
+    files = {entry: entry.removeprefix("file://") for entry in found}
+    found = [entry if "://" in path else f"file://{Path(path).resolve()}" for entry, path in files.items()]
+    for missing in missing_folders(found):
+        raise CommandLineError(f"{SEARCH_PATH}: expected a folder or package of configurations, found no {missing}.")
     others = [override for override in overrides if override_key(override) != SEARCH_PATH]
     return [f"{SEARCH_PATH}=[{','.join(map(quoted, found))}]", *others] if found else others

@@ -52,7 +52,10 @@ def assert_one_sentence(finished, code, *parts):
         (["experiment=fb_overdrive", "+arms.x=seed"], ["arms.x=seed: expected null, or a list of overrides"]),
         (["experiment=fb_overdrive", "seed=1,2"], ["Ambiguous value for argument 'seed=1,2': 1. To use it as a list"]),
         (["experiment=fb_overdrive", "datamodule.seed=${no}"], ["datamodule.seed: Interpolation key 'no' not found"]),
-        (["experiment=fb_overdrive", "hydra.searchpath=[no]"], ["hydra.searchpath=no: expected a folder of config"]),
+        (["experiment=fb_overdrive", "hydra.searchpath=[no]"], ["hydra.searchpath: expected a folder or package of"]),
+        (["experiment=fb_overdrive", "hydra.searchpath=[pkg://no]"], ["hydra.searchpath: expected a folder or pack"]),
+        (["experiment=fb_overdrive", "module=[1]"], ["module=[1]: expected the name of an option of module"]),
+        (["experiment=fb_overdrive", "trainer=null"], ["trainer=null: expected the name of an option of trainer"]),
         (
             ["experiment=drr_digits", "module.code_model_learning_rate=1"],
             [

@@ -125,3 +125,21 @@ def test_hidden_files_are_no_experiments(tmp_path):
     own = [f"file://{tmp_path}"]
     assert set(experiment_names(own)) - set(experiment_names()) == {"mine"}
     assert "  mine " in experiment_list(own)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("defaults:\n  - override /modul: gpl\n", "In 'experiment/wrong': Could not override 'modul'. No match in"),
+        ("defaults:\n  - fb_overdrive\nmodule: [1]\n", "composing config: Cannot merge DictConfig with ListConfig."),
+        ("summary: x\n", "name: expected a value in experiment=wrong or on the command line, found none."),
+        ("x: [\ny: 3", 'while parsing a flow sequence: in "'),
+    ],
+)
+def test_mistakes_in_their_files_are_one_sentence(program, tmp_path, text, message):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "wrong.yaml").write_text(f"# @package _global_\n{text}")
+    finished = program("experiment=wrong", "--config-dir", str(tmp_path), f"output_root={tmp_path}/runs")
+    assert finished.code != 0
+    assert message in finished.err
+    assert finished.err.count("\n") == 1

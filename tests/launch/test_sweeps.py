@@ -50,7 +50,7 @@ def test_a_run_that_fails_does_not_end_a_sweep(program, one_arm, tmp_path):
     assert finished.code == 1
     assert finished.err.splitlines()[-1].startswith("updates=7 is no multiple of updates_per_step=5.")
     (sweep,) = (tmp_path / "sweep").iterdir()
-    assert [folder.name for folder in sweep.iterdir()] == ["1"]
+    assert not (sweep / "0").exists()
     assert (sweep / "1" / "report.md").exists()
 
 
@@ -77,3 +77,11 @@ def test_launchers_of_clusters_compose(program, cluster):
     launcher = yaml.safe_load(finished.out)["hydra"]["launcher"]
     assert launcher["_target_"].endswith(f"{cluster.capitalize()}Launcher")
     assert launcher["name"] == "${hydra.job.name}"
+
+
+def test_a_command_that_is_started_again_in_its_folder_goes_on(program, one_arm, tmp_path):
+    """As schedulers do with jobs that they took the machine from."""
+    for updates, said in ((5, "Writing to"), (10, "resuming after 5 updates")):
+        finished = program(*one_arm, f"hydra.run.dir={tmp_path}/job", f"module.updates={updates}", "+extra=1")
+        assert finished.code == 0, finished.err
+        assert said in finished.out
