@@ -15,7 +15,7 @@ from hydra._internal.utils import get_args_parser  # the one that Hydra reads th
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 
 from launch.errors import CommandLineError, errors_past_hydra
 from launch.experiments import CONFIGS, experiment_list, is_group, missing_folders
@@ -41,9 +41,12 @@ def train(_: DictConfig) -> float | None:
     from launch.study import run_study
 
     hydra_config = HydraConfig.get()
-    if hydra_config.mode == RunMode.MULTIRUN and given_value(sys.argv[1:], SWEEP_FOLDER) is None:
+    if hydra_config.mode == RunMode.MULTIRUN:
         # The other processes of a run are started with the same command line, and make the whole sweep beside this one.
-        sys.argv.append(f"{SWEEP_FOLDER}={quoted(os.path.abspath(hydra_config.sweep.dir))}")
+        if given_value(sys.argv[1:], SWEEP_FOLDER) is None:
+            sys.argv.append(f"{SWEEP_FOLDER}={quoted(os.path.abspath(hydra_config.sweep.dir))}")
+        with read_write(hydra_config):
+            hydra_config.run.dir = hydra_config.runtime.output_dir  # Lightning asks for it
     with errors_past_hydra():
         return run_study()
 

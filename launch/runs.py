@@ -42,10 +42,11 @@ def check_folder_name(key: str, name: Any) -> None:
 
 def new_folder(parent: Path) -> Path:
     """Make a folder named after the time, which no other program has."""
+    parent.mkdir(parents=True, exist_ok=True)
     while True:
         folder = parent / datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
         with suppress(FileExistsError):
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
 
 

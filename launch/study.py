@@ -368,7 +368,7 @@ def _runs(config: DictConfig, folder: Path) -> Iterator[Run]:
 
 def _checkpoint_argument(config: DictConfig, runs: list[Run]) -> Path | None:
     """The checkpoint file that `ckpt_path` names, if it names one; it is checked before anything starts."""
-    if config.ckpt_path in (None, "last") or Path(config.ckpt_path).is_dir():
+    if config.ckpt_path is None or Path(config.ckpt_path).is_dir():
         return None
     path = Path(config.ckpt_path).resolve()
     load_checkpoint(path)
