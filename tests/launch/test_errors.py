@@ -47,7 +47,10 @@ def assert_one_sentence(finished, code, *parts):
         (["experiment=fb_overdrive", "arms=foo"], ["arms=foo: expected null, or arms with lists of overrides"]),
         (["experiment=fb_overdrive", "arms=[a]"], ["Error merging override arms=[a]: Cannot merge DictConfig with Li"]),
         (["experiment=fb_overdrive", "arms={}"], ["arms={}: expected null, or keys one by one"]),
-        (["experiment=fb_overdrive", "module={}"], ["module={}: expected null, or keys one by one"]),
+        (
+            ["experiment=fb_overdrive", "datamodule.protocols={}"],
+            ["datamodule.protocols={}: expected null, or keys one by one"],
+        ),
         (["experiment=fb_overdrive", "+arms.x=[5]"], ["arms.x=[5]: expected null, or a list of overrides"]),
         (["experiment=fb_overdrive", "+arms.x=seed"], ["arms.x=seed: expected null, or a list of overrides"]),
         (["experiment=fb_overdrive", "seed=1,2"], ["Ambiguous value for argument 'seed=1,2': 1. To use it as a list"]),
