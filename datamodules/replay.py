@@ -5,6 +5,7 @@ Dimensions: R places of a ring, N environments, n steps of a return, S pictures 
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -69,6 +70,11 @@ class Ring:
                 batch_size=self._layout.batch_size,
                 device=self.device,
             )
+
+    @property
+    def bytes(self) -> int:
+        """What all R rows take."""
+        return sum(value.numel() * value.element_size() for value in self._layout.values(True, True))
 
     def append(self, rows: TensorDictBase) -> None:
         """Write rows [K, ...] behind those that are there."""
@@ -150,6 +156,15 @@ class Ring:
         self.written = self.committed = written
 
 
+def _check_memory(needed: int) -> None:
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ValueError(
+            f"replay_capacity, with room for the steps of checkpoint_every: expected at most the {there / 1e9:.3g} GB "
+            f"of memory, found {needed / 1e9:.3g} GB; replay_storage=memmap keeps them on the disk."
+        )
+
+
 class ReplayBuffer:
     """The last `capacity` transitions of N environments stepped together, as memory-mapped files or in memory.
 
@@ -172,7 +187,7 @@ class ReplayBuffer:
             begins.
 
     Raises:
-        ValueError: the capacity is not enough for one step, or the storage is unknown.
+        ValueError: the capacity is not enough for one step or too much for the memory, or the storage is unknown.
     """
 
     def __init__(
@@ -207,6 +222,8 @@ class ReplayBuffer:
             shown = math.ceil(self.capacity_steps * n * (1 + 1 / _SHORTEST)) + frame_stack * n
             self._frames = Ring(frame, shown + self._frame_margin, Path(folder) / "frames", in_memory, self.device)
         self._steps = Ring(example, self.capacity_steps + margin, Path(folder), in_memory, self.device)
+        if in_memory and self.device.type == "cpu":
+            _check_memory(self._steps.bytes + (0 if self._frames is None else self._frames.bytes))
         self._keys = list(example.keys(True, True))
         self._rows: dict[tuple[str, ...], Tensor] = {}  # all transitions one after the other
         self._oldest = 0
