@@ -8,7 +8,6 @@ PATH is a checkpoint, a run's folder, or `last`. EXPRESSION is written over the 
 all. A checkpoint of classes outside of this project, your own, is only rebuilt if their package is trusted by name.
 """
 
-import math
 import shlex
 import sys
 from typing import Any
@@ -34,6 +33,7 @@ DEFAULTS = {
     "trust": None,  # packages outside of the project that may be called on the checkpoint's word, by commas
     "output_root": "outputs",
 }
+LARGEST = 2**16  # of numbers, of which time and memory are a multiple
 
 
 def parse(arguments: list[str]) -> dict[str, Any]:
@@ -57,8 +57,9 @@ def parse(arguments: list[str]) -> dict[str, Any]:
             given[key] = kind(text)
         except ValueError:
             given[key] = 0
-        if not 0 < given[key] < math.inf:
-            raise CommandLineError(f"{argument}: expected a {'whole ' * (kind is int)}number above 0.")
+        if not 0 < given[key] <= LARGEST:
+            whole = "whole " * (kind is int)
+            raise CommandLineError(f"{argument}: expected a {whole}number above 0, at most {LARGEST}.")
     if given["ckpt_path"] is None:
         raise CommandLineError("ckpt_path is missing: expected a checkpoint, a run's folder, or last.")
     return given

@@ -75,9 +75,10 @@ def test_wrong_input_is_one_sentence(run_folder, arguments, message):
     [
         (["rewards=x"], "Unknown argument rewards=x: expected key=value, key one of ckpt_path"),
         (["reward"], "Unknown argument reward: expected key=value"),
-        (["episodes=abc"], "episodes=abc: expected a whole number above 0."),
-        (["episodes=0"], "episodes=0: expected a whole number above 0."),
-        (["seconds=inf"], "seconds=inf: expected a number above 0."),
+        (["episodes=abc"], "episodes=abc: expected a whole number above 0, at most 65536."),
+        (["episodes=0"], "episodes=0: expected a whole number above 0, at most 65536."),
+        (["episodes=99999999999"], "episodes=99999999999: expected a whole number above 0, at most 65536."),
+        (["seconds=inf"], "seconds=inf: expected a number above 0, at most 65536."),
         (["ckpt_path=x", "ckpt_path"], "Unknown argument ckpt_path: expected key=value"),
     ],
 )
