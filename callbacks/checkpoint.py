@@ -8,9 +8,10 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from components.checks import check_counts
+from components.checks import Count, checked
 
 
+@checked
 class Checkpoint(L.Callback):
     """Keeps the newest checkpoint of a run in `folder/last.ckpt`.
 
@@ -25,8 +26,7 @@ class Checkpoint(L.Callback):
         name: of the run, in what is printed.
     """
 
-    def __init__(self, folder: str, every: int, name: str) -> None:
-        check_counts(checkpoint_every=every)
+    def __init__(self, folder: str, every: Count, name: str) -> None:
         self.name = name
         self.path = Path(folder) / "last.ckpt"
         self.every = every

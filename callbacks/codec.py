@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from components.checks import check_counts
+from components.checks import Size, checked
 from components.files import replacing
 
 
@@ -23,6 +23,7 @@ class CodecExport(L.Callback):
         trainer.strategy.barrier()  # all processes will read it
 
 
+@checked
 class Reconstructions(L.Callback):
     """Draws images above what the codec makes of them, a pair of rows for each evaluation task.
 
@@ -31,8 +32,7 @@ class Reconstructions(L.Callback):
         images: of each task.
     """
 
-    def __init__(self, folder: str | Path, images: int = 16) -> None:
-        check_counts(images=images)
+    def __init__(self, folder: str | Path, images: Size = 16) -> None:
         self.folder = Path(folder)
         self.images = images
         self._rows: dict[str, list[torch.Tensor]] = {}

@@ -13,9 +13,10 @@ import torch
 from tensordict import TensorDict
 from torchrl.envs.utils import step_mdp
 
-from components.checks import check_counts
+from components.checks import Count, Size, checked
 
 
+@checked
 class CriticBias(L.Callback):
     """Compares an actor-critic's Q(s, a) with returns that its policy really gets, at every evaluation.
 
@@ -36,8 +37,7 @@ class CriticBias(L.Callback):
     seed = 54321
     negligible = 1e-3
 
-    def __init__(self, environment: Callable[..., Any], rows: int = 32, scored_steps: int = 300) -> None:
-        check_counts(rows=rows, scored_steps=scored_steps)
+    def __init__(self, environment: Callable[..., Any], rows: Size = 32, scored_steps: Count = 300) -> None:
         self._make_env = environment
         self.rows = rows
         self.scored_steps = scored_steps

@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
+from components.checks import Count, checked
 from components.files import replacing
 from launch.files import write_json
 from launch.report import COMPLETIONS
@@ -29,6 +30,7 @@ class ExpertExport(L.Callback):
         trainer.strategy.barrier()  # all processes will read it
 
 
+@checked
 class Completions(L.Callback):
     """Writes down the first questions of each test, with the right answer and what the model said.
 
@@ -37,7 +39,7 @@ class Completions(L.Callback):
         questions: of each test.
     """
 
-    def __init__(self, folder: str | Path, questions: int = 5) -> None:
+    def __init__(self, folder: str | Path, questions: Count = 5) -> None:
         self.folder = Path(folder)
         self.questions = questions
         self._said: dict[str, list[dict[str, Any]]] = {}

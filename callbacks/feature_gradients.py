@@ -8,11 +8,12 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from components.checks import check_counts
+from components.checks import Size, checked
 from components.files import replacing
 from components.networks.signal_mixing import discontinuity_score
 
 
+@checked
 class FeatureGradients(L.Callback):
     """Scores the gradient of the critics' loss at the encoder's features, and draws it when the run is over.
 
@@ -30,8 +31,7 @@ class FeatureGradients(L.Callback):
         maps: drawn.
     """
 
-    def __init__(self, folder: str | Path, samples: int = 256, maps: int = 8) -> None:
-        check_counts(samples=samples, maps=maps)
+    def __init__(self, folder: str | Path, samples: Size = 256, maps: Size = 8) -> None:
         self.folder = Path(folder)
         self.samples = samples
         self.maps = maps

@@ -8,11 +8,14 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
+from components.checks import Positive, checked
 
+
+@checked
 class Progress(L.Callback):
     """A bar over the updates of a run; off a terminal, a line every `line_seconds`."""
 
-    def __init__(self, name: str, line_seconds: float = 30.0) -> None:
+    def __init__(self, name: str, line_seconds: Positive = 30.0) -> None:
         self.name = name
         self.line_seconds = line_seconds
         self._bar: Any = None

@@ -4,12 +4,13 @@ import errno
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
+from components.checks import Positive, Range, Size, checked
 from components.files import replacing
 from launch.files import write_json
 
@@ -77,6 +78,7 @@ class RewardCurves(L.Callback):
 FRAMES_PER_SECOND = 20
 
 
+@checked
 class Films(L.Callback):
     """Films the first episode of every reward, and shows moments of all of them on one contact sheet.
 
@@ -90,7 +92,9 @@ class Films(L.Callback):
         moments: pictures of each episode on the contact sheet.
     """
 
-    def __init__(self, folder: str | Path, seconds: float = 10.0, size: int = 320, moments: int = 8) -> None:
+    def __init__(
+        self, folder: str | Path, seconds: Positive = 10.0, size: Annotated[int, Range(1, 960)] = 320, moments: Size = 8
+    ) -> None:
         self.folder = Path(folder)
         self.seconds = seconds
         self.size = size

@@ -6,12 +6,13 @@ from typing import Any
 import lightning as L
 import torch
 
-from components.checks import check_counts
+from components.checks import Count, Seed, Size, checked
 from datamodules.environments.measured import MeasuredEnv
 from datamodules.evaluation import EvaluationTask
 from datamodules.sampling import EvaluationTasks
 
 
+@checked
 class EnvironmentDataModule(L.LightningDataModule):
     """Evaluation tasks in an environment; subclasses say where training data come from.
 
@@ -36,22 +37,15 @@ class EnvironmentDataModule(L.LightningDataModule):
         environment: Callable[..., MeasuredEnv] | None,
         protocols: Mapping[str, Mapping[str, Any]],
         *,
-        batch_size: int,
-        updates_per_step: int,
-        evaluate_every: int,
-        episodes: int = 10,
-        curve_episodes: int = 4,
+        batch_size: Size,
+        updates_per_step: Size,
+        evaluate_every: Count,
+        episodes: Size = 10,
+        curve_episodes: Size = 4,
         task: Callable[..., EvaluationTask] = EvaluationTask,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         super().__init__()
-        check_counts(
-            batch_size=batch_size,
-            updates_per_step=updates_per_step,
-            evaluate_every=evaluate_every,
-            episodes=episodes,
-            curve_episodes=curve_episodes,
-        )
         if evaluate_every % updates_per_step:
             raise ValueError(f"evaluate_every={evaluate_every} is no multiple of updates_per_step={updates_per_step}.")
         self._make_env = environment

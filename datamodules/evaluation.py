@@ -11,12 +11,14 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.envs.utils import step_mdp
 
+from components.checks import Size, checked
 from datamodules.environments.measured import MeasuredEnv
 from datamodules.pixels import RenderingUnavailable
 
 Policy = Callable[[TensorDictBase], TensorDictBase]
 
 
+@checked
 class EvaluationTask:
     """A protocol (a way to start episodes) under which an agent is scored on several rewards.
 
@@ -38,7 +40,7 @@ class EvaluationTask:
         name: str,
         rewards: Mapping[str, str],
         make_env: Callable[[int], MeasuredEnv],
-        episodes: int,
+        episodes: Size,
         samples: Callable[[], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         self.name = name

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -16,7 +16,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torchrl.collectors import AsyncCollector, Collector
 
-from components.checks import check_counts
+from components.checks import Count, Range, Share, Size, checked
 from components.distributed import rank, world_size
 from datamodules.environment import EnvironmentDataModule
 from datamodules.environments.measured import MeasuredEnv
@@ -27,6 +27,7 @@ COLLECTORS = ("sync", "async", "ray")
 _EPISODES = ("episode_return", "episode_length")
 
 
+@checked
 class OnlineDataModule(EnvironmentDataModule):
     """A collector, its replay buffer, and batches drawn from it in step with the collection.
 
@@ -65,34 +66,24 @@ class OnlineDataModule(EnvironmentDataModule):
         *,
         replay_folder: str,
         collector: str = "sync",
-        workers: int = 2,
-        num_envs: int = 1,
-        steps_per_collection: int = 1,
-        random_steps: int = 5000,
-        updates_per_env_step: float = 1.0,
-        replay_capacity: int = 1_000_000,
+        workers: Size = 2,
+        num_envs: Size = 1,
+        steps_per_collection: Count = 1,
+        random_steps: Count = 5000,
+        updates_per_env_step: Annotated[float, Range(1e-6, 1e6)] = 1.0,
+        replay_capacity: Count = 1_000_000,
         replay_storage: str = "memory",
         keep_replay: bool = True,
-        n_step: int = 1,
-        discount: float = 0.99,
-        checkpoint_every: int = 10_000,
+        n_step: Size = 1,
+        discount: Share = 0.99,
+        checkpoint_every: Count = 10_000,
         **settings: Any,
     ) -> None:
         super().__init__(environment, protocols, **settings)
-        check_counts(
-            num_envs=num_envs,
-            steps_per_collection=steps_per_collection,
-            replay_capacity=replay_capacity,
-            n_step=n_step,
-            checkpoint_every=checkpoint_every,
-            workers=workers,
-        )
         if collector not in COLLECTORS:
             raise ValueError(f"Unknown collector={collector!r}: expected one of {', '.join(COLLECTORS)}.")
         if replay_storage not in STORAGES:
             raise ValueError(f"Unknown replay_storage={replay_storage!r}: expected one of {', '.join(STORAGES)}.")
-        if updates_per_env_step <= 0:
-            raise ValueError(f"updates_per_env_step={updates_per_env_step}: expected more than 0.")
         if random_steps < n_step * num_envs:
             raise ValueError(
                 f"random_steps={random_steps}: expected at least n_step x num_envs = {n_step * num_envs}, or there is "

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
-from components.checks import check_counts
+from components.checks import Size
 from launch.checkpoints import LAST, load_checkpoint
 from launch.errors import CommandLineError, Stopped
 from launch.files import write_json
@@ -42,8 +42,8 @@ TOP_LEVEL = {
     "curves_against": str | None,
     "objective": str | None,
     "seed": int,
-    "num_seeds": int,
-    "threads": int | None,
+    "num_seeds": Size,
+    "threads": Size | None,
     "ckpt_path": str | None,
     "init_from": str | None,
     "init_parts": list[str] | None,
@@ -134,9 +134,6 @@ def _check_settings(config: DictConfig, overrides: Sequence[str]) -> None:
     """
     check_types(config, TOP_LEVEL)
     check_folder_name("name", config.name)
-    check_counts(num_seeds=config.num_seeds)
-    if config.threads is not None:
-        check_counts(threads=config.threads)
     if config.init_parts and config.init_from is None:
         raise CommandLineError(f"init_parts={config.init_parts}: expected together with init_from, found without.")
     if not 0 <= config.seed <= config.seed + config.num_seeds - 1 <= MOST_SEED:

@@ -2,12 +2,35 @@
 
 import difflib
 import inspect
+import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from hydra.utils import get_object
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from components.checks import Count, CountOrZero, Momentum, NonNegative, Positive, Range, check_range
+
+# Of classes that are not the project's, and check their numbers late, without a name, or not at all.
+RANGES = {
+    "torch.optim.": {
+        "lr": NonNegative,
+        "betas": tuple[Momentum, Momentum],
+        "momentum": Momentum,
+        "dampening": Momentum,
+        "weight_decay": NonNegative,
+        "eps": Positive,
+    },
+    "lightning.Trainer": {
+        "devices": list[CountOrZero] | str | Annotated[int, Range(-1, 2**16)],  # which ones, or how many
+        "max_epochs": Annotated[int, Range(-1, -1)],  # the method's own counters end a run
+        "reload_dataloaders_every_n_epochs": Annotated[int, Range(1, 1)],
+        "check_val_every_n_epoch": Count,
+        "num_sanity_val_steps": CountOrZero,
+        "log_every_n_steps": Count,
+    },
+}
 
 PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
@@ -16,32 +39,45 @@ def check_values(config: DictConfig, key: str = "") -> None:
     """Compare the plain arguments below every `_target_` with their annotations, before anything is built.
 
     Raises:
-        ValueError: a number, text or flag has another type than the parameter it is given to, a target is not there, or
-            does not take what it is given.
+        ValueError: a number, text or flag has another type than the parameter it is given to, or a number is out of its
+            range; a target is not there, or does not take what it is given.
     """
     target = config.get("_target_")
     called = _target(target, key) if target else None
-    parameters = dict(_parameters(called)) if target else {}
+    parameters = {**dict(_parameters(called)), **_foreign_ranges(target)} if target else {}
     taken = _arguments(called) if target else None
     for name, value in config.items():
         path = f"{key}.{name}" if key else str(name)
         if taken is not None and name not in taken and not str(name).startswith("_"):
             known = ", ".join(taken) or "nothing"
             raise ValueError(f"{path}: expected what {target.split('.')[-1]} takes ({known}), found {name}.")
+        path = _set_by(config, name, path)
         if isinstance(value, DictConfig):
             check_values(value, path)
-        elif name in parameters:
-            _check_type(path, value, parameters[name])
+        if name in parameters and not (isinstance(value, DictConfig) and "_target_" in value):
+            _check_value(path, value, parameters[name])
 
 
 def check_types(config: DictConfig, annotations: Mapping[str, Any]) -> None:
     """Compare keys of a configuration with what they should be.
 
     Raises:
-        ValueError: one has another type.
+        ValueError: one has another type, or is out of its range.
     """
     for name, annotation in annotations.items():
-        _check_type(name, config.get(name), annotation)
+        _check_value(name, config.get(name), annotation)
+
+
+def _set_by(config: DictConfig, name: str, path: str) -> str:
+    """The key that a value is set by: another one where it is nothing but a reference to that."""
+    if not OmegaConf.is_interpolation(config, name):
+        return path
+    reference = re.fullmatch(r"\$\{(\w[\w.]*)\}", OmegaConf.to_container(config, resolve=False)[name])
+    return reference[1] if reference else path
+
+
+def _foreign_ranges(target: str) -> dict[str, Any]:
+    return next((ranges for prefix, ranges in RANGES.items() if target.startswith(prefix)), {})
 
 
 def one_of(names: Sequence[str], name: str) -> str:
@@ -95,14 +131,17 @@ def _arguments(called: Callable[..., Any]) -> list[str] | None:
 
 
 def _kinds(annotation: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one there is, without their ranges."""
     union = get_origin(annotation) in (Union, types.UnionType)
-    return get_args(annotation) if union else (annotation,)
+    kinds = get_args(annotation) if union else (annotation,)
+    return tuple(get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in kinds)
 
 
-def _check_type(key: str, value: Any, annotation: Any) -> None:
+def _check_value(key: str, value: Any, annotation: Any) -> None:
     if not _fits(value, annotation):
         expected = " or ".join(_described(kind) for kind in _kinds(annotation))
         raise ValueError(f"{key}={'null' if value is None else value}: expected {expected}.")
+    check_range(key, value, annotation)
 
 
 def _described(kind: Any) -> str:

@@ -16,7 +16,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
-from components.checks import check_counts
+from components.checks import Count, CountOrZero, Momentum, NonNegative, Positive, Share, Size, checked
 from components.control.actors import Actor, ActorPolicy, EntropyTemperature
 from components.control.critics import Critics, critic_loss
 from components.control.pessimism import Pessimism
@@ -26,6 +26,7 @@ from components.networks.encoders import Encoder, FlatObservations, evaluating
 from lightning_modules.base import LearningMethod
 
 
+@checked
 class ActorCritic(LearningMethod):
     """An ensemble of critics, an actor that climbs them, and a rule for how much the critics are believed.
 
@@ -62,8 +63,8 @@ class ActorCritic(LearningMethod):
 
     def __init__(
         self,
-        observation_shape: Sequence[int],
-        action_dim: int,
+        observation_shape: Sequence[Count],
+        action_dim: Size,
         *,
         critic: Callable[..., nn.Module],
         actor: Callable[..., Actor],
@@ -71,52 +72,32 @@ class ActorCritic(LearningMethod):
         encoder: Callable[..., Encoder] = FlatObservations,
         trunk: Callable[[int], nn.Module] | None = None,
         temperature: Callable[..., EntropyTemperature] | None = None,
-        members: int = 2,
-        quantiles: int = 1,
-        discount: float = 0.99,
-        critic_learning_rate: float = 3e-4,
-        encoder_learning_rate: float = 3e-4,
-        actor_learning_rate: float = 3e-4,
-        temperature_learning_rate: float = 3e-4,
-        temperature_momentum: float = 0.9,
-        pessimism_learning_rate: float = 1e-4,
-        critic_loss_weight: float = 1.0,
-        target_rate: float = 0.005,
-        actor_every: int = 1,
-        pessimism_every: int = 1,
-        targets_every: int = 1,
-        policy_evaluation_updates: int = 0,
+        members: Size = 2,
+        quantiles: Size = 1,
+        discount: Share = 0.99,
+        critic_learning_rate: NonNegative = 3e-4,
+        encoder_learning_rate: NonNegative = 3e-4,
+        actor_learning_rate: NonNegative = 3e-4,
+        temperature_learning_rate: NonNegative = 3e-4,
+        temperature_momentum: Momentum = 0.9,
+        pessimism_learning_rate: NonNegative = 1e-4,
+        critic_loss_weight: NonNegative = 1.0,
+        target_rate: Share = 0.005,
+        actor_every: Count = 1,
+        pessimism_every: Count = 1,
+        targets_every: Count = 1,
+        policy_evaluation_updates: CountOrZero = 0,
         target_actor: bool = False,
-        actor_max_norm: float | None = None,
-        value_limit: float = 1e6,
+        actor_max_norm: Positive | None = None,
+        value_limit: Positive = 1e6,
         **loop: Any,
     ) -> None:
         super().__init__(**loop)
-        check_counts(
-            members=members,
-            quantiles=quantiles,
-            actor_every=actor_every,
-            pessimism_every=pessimism_every,
-            targets_every=targets_every,
-        )
-        for name, rate in {
-            "critic_learning_rate": critic_learning_rate,
-            "encoder_learning_rate": encoder_learning_rate,
-            "actor_learning_rate": actor_learning_rate,
-            "temperature_learning_rate": temperature_learning_rate,
-            "pessimism_learning_rate": pessimism_learning_rate,
-        }.items():
-            if rate < 0:
-                raise ValueError(f"{name}={rate}: expected a learning rate of 0 or more.")
         if temperature is not None and not callable(temperature):
             raise ValueError(
                 f"temperature={temperature}: expected a component, with its _target_, or null; where an experiment "
                 "sets parts of what a module has none of, as td3 of a temperature, add module.temperature=null."
             )
-        if policy_evaluation_updates < 0:
-            raise ValueError(f"policy_evaluation_updates={policy_evaluation_updates}: expected 0 or more.")
-        if not 0.0 <= discount <= 1.0:
-            raise ValueError(f"discount={discount}: expected a number from 0 to 1.")
         self.encoder = encoder(observation_shape)
         self.critic = Critics(self.encoder.features, action_dim, quantiles, members, critic, trunk)
         self.actor = actor(self.encoder.features, action_dim, **({} if trunk is None else {"trunk": trunk}))

@@ -16,7 +16,7 @@ from tensordict import TensorDict
 from tensordict.nn import CudaGraphModule
 from torch import Tensor
 
-from components.checks import check_counts
+from components.checks import Count, CountOrZero, Share, Size, checked
 from components.distributed import average_, rank, world_size
 from components.networks.states import difference, select, words
 
@@ -27,6 +27,7 @@ os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
 COMPILE_MODES = (None, "default", "cudagraphs")
 
 
+@checked
 class LearningMethod(L.LightningModule, ABC):
     """A method is `update(batch) -> TensorDict of scalar metrics`; this class runs it inside Lightning.
 
@@ -52,23 +53,18 @@ class LearningMethod(L.LightningModule, ABC):
     def __init__(
         self,
         *,
-        updates: int,
-        updates_per_step: int = 1,
-        log_every: int = 100,
-        anneal_from: float = 1.0,
+        updates: CountOrZero,
+        updates_per_step: Size = 1,
+        log_every: Count = 100,
+        anneal_from: Share = 1.0,
         compile: str | None = None,
     ) -> None:
         super().__init__()
         if compile not in COMPILE_MODES:
             raise ValueError(f"Unknown compile={compile!r}: expected one of {', '.join(map(str, COMPILE_MODES))}.")
-        if updates < 0:
-            raise ValueError(f"updates={updates}: expected 0, for a method that is evaluated as it is, or more.")
-        check_counts(updates_per_step=updates_per_step, log_every=log_every)
         for name, value in (("updates", updates), ("log_every", log_every)):
             if value % updates_per_step:
                 raise ValueError(f"{name}={value} is no multiple of updates_per_step={updates_per_step}.")
-        if not 0.0 <= anneal_from <= 1.0:
-            raise ValueError(f"anneal_from={anneal_from}: expected a share of the run from 0 to 1.")
         self.automatic_optimization = False
         self.total_updates = updates
         self.anneal_from = anneal_from

@@ -13,12 +13,14 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from components.checks import Count, NonNegative, Number, Positive, Share, Size, checked
 from components.coding.class_incremental import align_weights
 from components.coding.contrastive import supervised_contrastive_loss
 from components.distributed import average_, broadcast_, rank
 from lightning_modules.base import LearningMethod
 
 
+@checked
 class ClassIncremental(LearningMethod):
     """A classifier of all classes seen so far, one head for all, that starts each task with what it knows.
 
@@ -51,31 +53,27 @@ class ClassIncremental(LearningMethod):
 
     def __init__(
         self,
-        image_shape: Sequence[int],
-        classes: int,
+        image_shape: Sequence[Size],
+        classes: Size,
         *,
         network: Callable[..., nn.Module],
-        task_updates: Sequence[int],
+        task_updates: Sequence[Count],
         optimizer: Callable[..., torch.optim.Optimizer],
-        milestones: Sequence[float] = (),
+        milestones: Sequence[Share] = (),
         augmentation: nn.Module | None = None,
-        mean: Sequence[float] | float = 0.5,
-        std: Sequence[float] | float = 0.5,
-        information_back: float = 0.0,
+        mean: Sequence[Number] | Number = 0.5,
+        std: Sequence[Positive] | Positive = 0.5,
+        information_back: NonNegative = 0.0,
         pairs: str = "class",
-        temperature: float = 0.1,
+        temperature: Positive = 0.1,
         align: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
         if sum(task_updates) != self.total_updates:
             raise ValueError(f"updates={self.total_updates}: expected the sum of task_updates, {sum(task_updates)}.")
-        if information_back < 0:
-            raise ValueError(f"information_back={information_back}: expected 0 or more.")
         if pairs not in ("class", "instance"):
             raise ValueError(f"Unknown pairs={pairs!r}: expected class or instance.")
-        if temperature <= 0:
-            raise ValueError(f"temperature={temperature}: expected more than 0.")
         self.classes = classes
         self.task_updates = list(task_updates)
         self.milestones = list(milestones)
@@ -88,6 +86,8 @@ class ClassIncremental(LearningMethod):
         self.head = nn.Linear(self.network.features, classes)
         self.projection = _projection(self.network.features) if information_back else None
         for name, value in (("mean", mean), ("std", std)):
+            if isinstance(value, Sequence) and len(value) != image_shape[0]:
+                raise ValueError(f"{name}={list(value)}: expected a number for each of {image_shape[0]} channels.")
             per_channel = torch.tensor(value, dtype=torch.float32).expand(image_shape[0]).clone()
             self.register_buffer(name, per_channel.view(-1, 1, 1))
         self.register_buffer("task", torch.tensor(-1))

@@ -15,6 +15,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from components.checks import CountOrZero, Seed, Size, checked
 from components.distributed import broadcast_, rank, sum_, world_size
 from components.evolution.cross_entropy_method import CrossEntropyMethod, first_of
 from components.language.adapted_model import AdaptedModel
@@ -39,6 +40,7 @@ class Answers(NamedTuple):
     kinds: Tensor | None
 
 
+@checked
 class ExpertAdaptation(LearningMethod):
     """A model, its experts, and a way to choose among them for each kind of question.
 
@@ -74,8 +76,8 @@ class ExpertAdaptation(LearningMethod):
     def __init__(
         self,
         *,
-        ends: Sequence[int],
-        families: int,
+        ends: Sequence[CountOrZero],
+        families: Size,
         categories: Sequence[str],
         language_model: PretrainedFolder,
         adapter: Callable[..., Adapter],
@@ -85,9 +87,9 @@ class ExpertAdaptation(LearningMethod):
         search: Callable[..., CrossEntropyMethod] = CrossEntropyMethod,
         per_matrix: bool = False,
         mix_space: str = "z",
-        shuffle: int | None = None,
+        shuffle: Seed | None = None,
         dtype: str = "float32",
-        updates: int,
+        updates: CountOrZero,
         **settings: Any,
     ) -> None:
         if strategy not in STRATEGIES:

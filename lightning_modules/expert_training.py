@@ -13,7 +13,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from components.checks import check_counts
+from components.checks import CountOrZero, NonNegative, Positive, Seed, Size, checked
 from components.distributed import broadcast_
 from components.language.adapted_model import AdaptedModel
 from components.language.adapters import Adapter
@@ -31,6 +31,7 @@ from lightning_modules.base import LearningMethod
 DIRECTIONS = ("reference_to_policy", "policy_to_reference")
 
 
+@checked
 class ExpertTraining(LearningMethod):
     """REINFORCE with a penalty on the divergence from the base model; with reference answers, likelihood.
 
@@ -70,39 +71,31 @@ class ExpertTraining(LearningMethod):
     def __init__(
         self,
         *,
-        ends: Sequence[int],
+        ends: Sequence[CountOrZero],
         language_model: PretrainedFolder,
         adapter: Callable[..., Adapter] | None,
         optimizer: Callable[..., torch.optim.Optimizer],
         dtype: str = "float32",
-        temperature: float = 0.0,
-        max_norm: float | None = 1e-3,
+        temperature: NonNegative = 0.0,
+        max_norm: Positive | None = 1e-3,
         baseline: str = "none",
         normalise_rewards: bool = False,
-        clip_rewards: float | None = None,
+        clip_rewards: Positive | None = None,
         mean_over_tokens: bool = False,
         score_end: bool = True,
-        kl_coefficient: float = 0.0,
+        kl_coefficient: NonNegative = 0.0,
         kl_direction: str = "reference_to_policy",
-        micro_batch: int | None = None,
+        micro_batch: Size | None = None,
         keep_last: bool = False,
         expert: str | None = None,
-        shuffle: int | None = None,
+        shuffle: Seed | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
-        check_counts(micro_batch=1 if micro_batch is None else micro_batch)
         if baseline not in BASELINES:
             raise ValueError(f"Unknown baseline={baseline!r}: expected one of {', '.join(BASELINES)}.")
         if kl_direction not in DIRECTIONS:
             raise ValueError(f"Unknown kl_direction={kl_direction!r}: expected one of {', '.join(DIRECTIONS)}.")
-        if temperature < 0:
-            raise ValueError(f"temperature={temperature}: expected 0 or more.")
-        for name, value in (("max_norm", max_norm), ("clip_rewards", clip_rewards)):
-            if value is not None and value <= 0:
-                raise ValueError(f"{name}={value}: expected more than 0, or null.")
-        if kl_coefficient < 0:
-            raise ValueError(f"kl_coefficient={kl_coefficient}: expected 0 or more.")
         if adapter is None and self.total_updates:
             raise ValueError(f"updates={self.total_updates}: expected 0 where adapter is null, for nothing is trained.")
         self.ends = list(ends)

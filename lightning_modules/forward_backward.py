@@ -14,7 +14,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
-from components.checks import check_counts, vector_size
+from components.checks import Count, NonNegative, Number, Positive, Share, Size, checked, vector_size
 from components.control.actor_objectives import Objective
 from components.control.forward_backward import (
     BackwardMap,
@@ -36,6 +36,7 @@ from lightning_modules.base import LearningMethod
 ORTHONORMALITY_SCALE = {"half": 1.0, "full": 2.0}
 
 
+@checked
 class ForwardBackward(LearningMethod):
     """One agent for every reward of an environment, from reward-free transitions.
 
@@ -70,38 +71,37 @@ class ForwardBackward(LearningMethod):
 
     def __init__(
         self,
-        observation_shape: Sequence[int],
-        action_dim: int,
+        observation_shape: Sequence[Count],
+        action_dim: Size,
         *,
         forward_map: Callable[..., ForwardMap],
         backward_map: Callable[..., BackwardMap],
         actor: Callable[..., ZConditionedActor],
         actor_objective: Objective,
-        features: int = 64,
-        discount: float = 0.98,
-        learning_rate: float = 1e-4,
-        backward_learning_rate: float = 1e-4,
-        actor_learning_rate: float = 1e-4,
-        target_rate: float = 0.01,
-        orthonormality: float = 1.0,
+        features: Size = 64,
+        discount: Share = 0.98,
+        learning_rate: NonNegative = 1e-4,
+        backward_learning_rate: NonNegative = 1e-4,
+        actor_learning_rate: NonNegative = 1e-4,
+        target_rate: Share = 0.01,
+        orthonormality: NonNegative = 1.0,
         orthonormality_convention: str = "half",
-        measure_pessimism: float = 0.0,
-        goal_probability: float = 0.5,
+        measure_pessimism: Number = 0.0,
+        goal_probability: Share = 0.5,
         goal_key: str = "next_observation",
-        groups: int = 32,
+        groups: Size = 32,
         within_groups: bool = False,
         fresh_actor_z: bool = False,
-        value_weight: float = 0.0,
-        policy_std: float = 0.2,
-        policy_noise_clip: float = 0.3,
+        value_weight: NonNegative = 0.0,
+        policy_std: Positive = 0.2,
+        policy_noise_clip: NonNegative = 0.3,
         normalise_observations: bool = False,
         normalise_z: str = "global",
-        evaluation_samples: int = 1,
-        evaluation_pessimism: float = 0.5,
+        evaluation_samples: Size = 1,
+        evaluation_pessimism: Number = 0.5,
         **loop: Any,
     ) -> None:
         super().__init__(**loop)
-        check_counts(features=features, groups=groups)
         observation_dim = vector_size(observation_shape)
         for name, value, known in (
             ("orthonormality_convention", orthonormality_convention, tuple(ORTHONORMALITY_SCALE)),

@@ -12,13 +12,14 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from components.checks import check_counts
+from components.checks import Count, NonNegative, Positive, Share, Size, checked
 from components.coding.code_models import place_frequencies
 from components.coding.image_codec import ImageCodec
 from components.coding.vector_quantizer import perplexity
 from lightning_modules.base import LearningMethod
 
 
+@checked
 class ImageCodecTraining(LearningMethod):
     """Learns an `ImageCodec` from images [B, C, H, H] uint8.
 
@@ -42,20 +43,19 @@ class ImageCodecTraining(LearningMethod):
 
     def __init__(
         self,
-        image_shape: Sequence[int],
+        image_shape: Sequence[Size],
         *,
         codec: Callable[..., ImageCodec],
-        autoencoder_updates: int,
-        commitment: float = 0.25,
-        autoencoder_learning_rate: float = 1e-3,
-        code_model_learning_rate: float = 2e-3,
-        latent_warmup: float = 0.3,
-        max_norm: float = 1.0,
+        autoencoder_updates: Count,
+        commitment: NonNegative = 0.25,
+        autoencoder_learning_rate: NonNegative = 1e-3,
+        code_model_learning_rate: NonNegative = 2e-3,
+        latent_warmup: Share = 0.3,
+        max_norm: Positive = 1.0,
         augmentation: nn.Module | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
-        check_counts(autoencoder_updates=autoencoder_updates)
         if autoencoder_updates >= self.total_updates:
             raise ValueError(
                 f"updates={self.total_updates}: expected more than autoencoder_updates={autoencoder_updates}, the rest "

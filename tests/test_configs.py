@@ -19,6 +19,7 @@ from components.control.actor_objectives import AdvantageWeighted, Deterministic
 from datamodules.images.readers import LabelledImages
 from launch.distributed import ExplicitFSDP
 from launch.recipes import check_targets
+from launch.values import check_values
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 EXPERIMENTS = sorted(
@@ -46,11 +47,17 @@ def composed(*overrides: str) -> DictConfig:
         return compose("train", [*overrides])
 
 
+def check_parts(config: DictConfig) -> None:
+    """Numbers are in their ranges, and a checkpoint of it can be rebuilt."""
+    for part in ("module", "datamodule"):
+        check_values(config[part], part)
+        check_targets(OmegaConf.to_container(config[part], resolve=True), Path("last.ckpt"))
+
+
 def narrow_agent(transitions, *overrides: str):
     """The agent of a configuration with narrow networks, after one update on random data of the right shape."""
     config = composed(*overrides, *NARROW)
-    for part in ("module", "datamodule"):  # a checkpoint of it can be rebuilt
-        check_targets(OmegaConf.to_container(config[part], resolve=True), Path("last.ckpt"))
+    check_parts(config)
     spec = instantiate(config.datamodule).spec
     module = instantiate(config.module, **spec)
     rows = 2 * config.module.groups
@@ -273,8 +280,7 @@ def test_every_arm_of_every_online_experiment_learns(name, transitions, tmp_path
     for overrides in config.arms.values():
         narrow = ("module.critic.hidden_dim=8", "module.actor.network.hidden_dim=8", "module.compile=null")
         config = composed(f"experiment={name}", f"run_dir={tmp_path}", *overrides, *narrow)
-        for part in ("module", "datamodule"):  # a checkpoint of it can be rebuilt
-            check_targets(OmegaConf.to_container(config[part], resolve=True), Path("last.ckpt"))
+        check_parts(config)
         data = instantiate(config.datamodule)
         module = instantiate(config.module, **data.spec)
         metrics = module.update(transitions(16, **data.spec))
@@ -333,8 +339,7 @@ def test_every_arm_of_every_pixel_experiment_learns(name, transitions, tmp_path)
     assert config.duration
     for overrides in config.arms.values():
         config = composed(f"experiment={name}", f"run_dir={tmp_path}", *overrides, *NARROW_PIXELS)
-        for part in ("module", "datamodule"):  # a checkpoint of it can be rebuilt
-            check_targets(OmegaConf.to_container(config[part], resolve=True), Path("last.ckpt"))
+        check_parts(config)
         data = instantiate(config.datamodule)
         module = instantiate(config.module, **data.spec)
         metrics = module.update(transitions(4, **data.spec))
@@ -485,8 +490,7 @@ def test_every_arm_of_every_incremental_experiment_learns(name, tmp_path):
     for arm, overrides in config.arms.items():
         folders = (f"study_dir={tmp_path}", f"run_dir={tmp_path}")
         config = composed(f"experiment={name}", *folders, *overrides, "module.compile=null")
-        for part in ("module", "datamodule"):  # a checkpoint of it can be rebuilt
-            check_targets(OmegaConf.to_container(config[part], resolve=True), Path("last.ckpt"))
+        check_parts(config)
         trains = arm.startswith("codec")
         if trains:
             config.datamodule.per_class = None
@@ -598,8 +602,7 @@ def test_every_arm_of_every_language_experiment_learns(name, language_folder, tm
         folders = (f"study_dir={tmp_path}", f"run_dir={tmp_path / arm / 'seed_0'}", f"arm={arm}")
         config = composed(f"experiment={name}", *folders, *overrides, *small, "language_model=folder")
         config.language_model.path = str(language_folder)
-        for part in ("module", "datamodule"):  # a checkpoint of it can be rebuilt
-            check_targets(OmegaConf.to_container(config[part], resolve=True), Path("last.ckpt"))
+        check_parts(config)
         data = instantiate(config.datamodule)
         module = instantiate(config.module, **data.spec)
         data.trainer = SimpleNamespace(lightning_module=module)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from components.checks import check_counts
+from components.checks import Positive, Size, checked
 
 _Coder = constriction.stream.stack.AnsCoder
 _CATEGORICAL = constriction.stream.model.Categorical(perfect=False)  # an exact one takes 45 times as long
@@ -66,6 +66,7 @@ class Coded(NamedTuple):
     initial_bits: float
 
 
+@checked
 class BitsBackCoder:
     """Samples to words and back, by a latent-variable model.
 
@@ -81,10 +82,11 @@ class BitsBackCoder:
         bound: the grid goes from -bound to bound.
     """
 
-    def __init__(self, model: LatentVariableModel, block: int = 100, step: float = 1 / 32, bound: float = 6.0) -> None:
-        check_counts(block=block)
-        if step <= 0 or bound < step:
-            raise ValueError(f"step={step}, bound={bound}: expected a step above 0 and a bound of at least a step.")
+    def __init__(
+        self, model: LatentVariableModel, block: Size = 100, step: Positive = 1 / 32, bound: Positive = 6.0
+    ) -> None:
+        if bound < step:
+            raise ValueError(f"step={step}, bound={bound}: expected a bound of at least a step.")
         self.model = model
         self.block = block
         self.step = step

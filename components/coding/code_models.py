@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from components.checks import check_counts
+from components.checks import NonNegative, Size, checked
 from components.coding.vqvae import ResidualBlock
 from components.distributed import average_
 
@@ -22,6 +22,7 @@ def place_frequencies(codes: Tensor, values: int) -> Tensor:
     return counts / counts.sum(1, keepdim=True)
 
 
+@checked
 class CategoricalVAE(nn.Module):
     """p(z) p(codes | z), with a standard normal z and codes that are labels: a softmax over their values.
 
@@ -43,15 +44,14 @@ class CategoricalVAE(nn.Module):
 
     def __init__(
         self,
-        code_shapes: Sequence[tuple[int, int]],
-        codes: int,
-        width: int = 48,
-        latent_channels: int = 4,
-        embedding: int = 16,
-        free_bits: float = 4.0,
+        code_shapes: Sequence[tuple[Size, Size]],
+        codes: Size,
+        width: Size = 48,
+        latent_channels: Size = 4,
+        embedding: Size = 16,
+        free_bits: NonNegative = 4.0,
     ) -> None:
         super().__init__()
-        check_counts(codes=codes, width=width, latent_channels=latent_channels, embedding=embedding)
         shapes = [tuple(shape) for shape in code_shapes]
         top = shapes[0]
         if shapes[1:] not in ([], [(2 * top[0], 2 * top[1])]):

@@ -10,13 +10,14 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from components.checks import CountOrZero, Range, Size, checked
 from components.coding.image_codec import ImageCodec
 from components.files import replacing
 
@@ -69,6 +70,7 @@ class ImageStore(ABC):
         return {"reading": 0, "all": 0}
 
 
+@checked
 class RawStore(ImageStore):
     """Images as they are. Only pixels are counted, not the few bytes of the file around them.
 
@@ -78,7 +80,7 @@ class RawStore(ImageStore):
 
     kind = 0
 
-    def __init__(self, image_shape: Sequence[int]) -> None:
+    def __init__(self, image_shape: Sequence[Size]) -> None:
         self.image_shape = tuple(image_shape)
 
     def shrink(self, images: Tensor) -> Tensor:
@@ -156,8 +158,9 @@ class CodeStore(ImageStore):
         return self.codec.decode(items)
 
 
+@checked
 def stored_codes(
-    image_shape: Sequence[int], codec: Callable[..., ImageCodec], weights: str, stream: str = "bits_back"
+    image_shape: Sequence[Size], codec: Callable[..., ImageCodec], weights: str, stream: str = "bits_back"
 ) -> CodeStore:
     """A `CodeStore` by a codec of trained weights.
 
@@ -170,6 +173,7 @@ def stored_codes(
     return CodeStore(codec(image_shape=image_shape).load(weights), stream)
 
 
+@checked
 class PillowStore(ImageStore):
     """JPEG or WebP, without what is the same in the files of all images.
 
@@ -182,11 +186,9 @@ class PillowStore(ImageStore):
         quality: 0 to 100.
     """
 
-    def __init__(self, image_shape: Sequence[int], format: str, quality: int) -> None:
+    def __init__(self, image_shape: Sequence[Size], format: str, quality: Annotated[int, Range(0, 100)]) -> None:
         if format not in ("jpeg", "webp"):
             raise ValueError(f"Unknown format={format!r}: expected jpeg or webp.")
-        if not 0 <= quality <= 100:
-            raise ValueError(f"quality={quality}: expected from 0 to 100.")
         if image_shape[0] not in (1, 3):
             raise ValueError(f"image_shape={list(image_shape)}: expected 1 or 3 channels for {format}.")
         self.image_shape = tuple(image_shape)
@@ -289,6 +291,7 @@ def read_exemplars(store: ImageStore, file: bytes, name: str) -> tuple[list[int]
     return list(struct.unpack_from(f"<{classes}H", file, _HEADER.size)), payload
 
 
+@checked
 class ExemplarMemory:
     """Exemplars of classes 0, 1, ... within a number of bytes for each, shared by all.
 
@@ -300,9 +303,7 @@ class ExemplarMemory:
         bytes_per_class: budget; None for no limit, 0 for no memory.
     """
 
-    def __init__(self, store: ImageStore, bytes_per_class: int | None) -> None:
-        if bytes_per_class is not None and bytes_per_class < 0:
-            raise ValueError(f"bytes_per_class={bytes_per_class}: expected 0 or more.")
+    def __init__(self, store: ImageStore, bytes_per_class: CountOrZero | None) -> None:
         self.store = store
         self.bytes_per_class = bytes_per_class
         self.items: list[Any] = []  # of each class

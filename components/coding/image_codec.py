@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from components.checks import Size, checked
 from components.coding.code_models import CategoricalVAE
 from components.coding.code_streams import BitsBack, CodeStream, FixedLength, StaticFrequencies
 from components.coding.vqvae import DiscreteAutoencoder
@@ -23,6 +24,7 @@ STREAMS = ("fixed", "static", "bits_back")
 _CHUNK = 500
 
 
+@checked
 class ImageCodec(nn.Module):
     """An autoencoder of discrete codes, a latent-variable model of them, and their frequencies by place.
 
@@ -38,10 +40,10 @@ class ImageCodec(nn.Module):
 
     def __init__(
         self,
-        image_shape: Sequence[int],
+        image_shape: Sequence[Size],
         autoencoder: Callable[..., DiscreteAutoencoder],
         code_model: Callable[..., CategoricalVAE],
-        block: int = 100,
+        block: Size = 100,
     ) -> None:
         super().__init__()
         self.autoencoder = autoencoder(image_shape=image_shape)

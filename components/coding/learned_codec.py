@@ -9,11 +9,12 @@ from compressai.entropy_models import EntropyBottleneck
 from compressai.layers import GDN
 from torch import Tensor, nn
 
-from components.checks import check_counts
+from components.checks import Size, checked
 from components.coding.vector_quantizer import VectorQuantizer
 from components.coding.vqvae import DiscreteAutoencoder
 
 
+@checked
 class TransformCodec(DiscreteAutoencoder):
     """Two strided convolutions with divisive normalisation, whose outputs are rounded to whole numbers.
 
@@ -28,8 +29,9 @@ class TransformCodec(DiscreteAutoencoder):
         bound: the largest number.
     """
 
-    def __init__(self, image_shape: Sequence[int], width: int = 32, latent_channels: int = 8, bound: int = 15) -> None:
-        check_counts(width=width, latent_channels=latent_channels, bound=bound)
+    def __init__(
+        self, image_shape: Sequence[Size], width: Size = 32, latent_channels: Size = 8, bound: Size = 15
+    ) -> None:
         super().__init__(image_shape, 4)
         channels, side = image_shape[0], self._size // 4
         self.bound = bound

@@ -5,13 +5,15 @@ Van den Oord et al., arXiv 1711.00937; Razavi et al., arXiv 1906.00446 (averages
 Dimensions: N vectors, D their size, K codes.
 """
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from components.checks import check_counts
+from components.checks import Momentum, NonNegative, Positive, Range, Size, checked
 from components.distributed import broadcast_, sum_
+
+Codes = Annotated[int, Range(2, 2**16)]
 
 
 class Quantised(NamedTuple):
@@ -28,6 +30,7 @@ class Quantised(NamedTuple):
     commitment: Tensor
 
 
+@checked
 class VectorQuantizer(nn.Module):
     """Replaces vectors by the nearest of K codes; the first, where several are equally near.
 
@@ -47,16 +50,9 @@ class VectorQuantizer(nn.Module):
     """
 
     def __init__(
-        self, dim: int, codes: int, decay: float = 0.99, eps: float = 1e-5, restart_below: float = 0.05
+        self, dim: Size, codes: Codes, decay: Momentum = 0.99, eps: Positive = 1e-5, restart_below: NonNegative = 0.05
     ) -> None:
         super().__init__()
-        check_counts(dim=dim)
-        if codes < 2:
-            raise ValueError(f"codes={codes}: expected at least 2.")
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay={decay}: expected from 0 to less than 1 for the codebook's averages.")
-        if restart_below < 0:
-            raise ValueError(f"restart_below={restart_below}: expected 0 or more.")
         self.dim = dim
         self.codes = codes
         self.decay = decay

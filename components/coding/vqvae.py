@@ -8,13 +8,13 @@ Dimensions: B images, C channels, H height and width, S codes of an image, D a c
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from components.checks import check_counts
-from components.coding.vector_quantizer import VectorQuantizer
+from components.checks import Range, Size, checked
+from components.coding.vector_quantizer import Codes, VectorQuantizer
 
 
 class Reconstruction(NamedTuple):
@@ -31,6 +31,7 @@ class Reconstruction(NamedTuple):
     codes: Tensor
 
 
+@checked
 class DiscreteAutoencoder(nn.Module, ABC):
     """Square uint8 images to codes and back. Black borders are added where the size is no multiple of what is needed.
 
@@ -47,7 +48,7 @@ class DiscreteAutoencoder(nn.Module, ABC):
     code_shapes: tuple[tuple[int, int], ...]
     codes: int
 
-    def __init__(self, image_shape: Sequence[int], multiple: int) -> None:
+    def __init__(self, image_shape: Sequence[Size], multiple: Size) -> None:
         super().__init__()
         if len(image_shape) != 3 or image_shape[1] != image_shape[2]:
             raise ValueError(f"image_shape={list(image_shape)}: expected square images, [C, H, H].")
@@ -110,6 +111,7 @@ class DiscreteAutoencoder(nn.Module, ABC):
         """Code vectors of each level to padded images."""
 
 
+@checked
 class VQVAE(DiscreteAutoencoder):
     """One level of codes.
 
@@ -126,16 +128,15 @@ class VQVAE(DiscreteAutoencoder):
 
     def __init__(
         self,
-        image_shape: Sequence[int],
-        codes: int = 512,
-        dim: int = 64,
-        width: int = 128,
-        blocks: int = 2,
-        block_width: int = 32,
-        halvings: int = 2,
+        image_shape: Sequence[Size],
+        codes: Codes = 512,
+        dim: Size = 64,
+        width: Size = 128,
+        blocks: Size = 2,
+        block_width: Size = 32,
+        halvings: Annotated[int, Range(1, 16)] = 2,
         **quantizer: float,
     ) -> None:
-        check_counts(codes=codes, dim=dim, width=width, blocks=blocks, block_width=block_width, halvings=halvings)
         super().__init__(image_shape, 2**halvings)
         self.codes = codes
         side = self._size // 2**halvings
@@ -156,6 +157,7 @@ class VQVAE(DiscreteAutoencoder):
         return self.decoder(maps[0])
 
 
+@checked
 class HierarchicalVQVAE(DiscreteAutoencoder):
     """Two levels of codes: a top one of an eighth of the size, and a bottom one of a quarter, encoded in its light.
 
@@ -164,15 +166,14 @@ class HierarchicalVQVAE(DiscreteAutoencoder):
 
     def __init__(
         self,
-        image_shape: Sequence[int],
-        codes: int = 512,
-        dim: int = 64,
-        width: int = 128,
-        blocks: int = 2,
-        block_width: int = 32,
+        image_shape: Sequence[Size],
+        codes: Codes = 512,
+        dim: Size = 64,
+        width: Size = 128,
+        blocks: Size = 2,
+        block_width: Size = 32,
         **quantizer: float,
     ) -> None:
-        check_counts(codes=codes, dim=dim, width=width, blocks=blocks, block_width=block_width)
         super().__init__(image_shape, 8)
         self.codes = codes
         self.code_shapes = ((self._size // 8,) * 2, (self._size // 4,) * 2)

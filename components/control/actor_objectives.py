@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from components.checks import NonNegative, Number, Positive, Size, checked
 from components.control.pessimism import pessimistic_mean
 from components.control.policies import ClippedGaussianPolicy
 from components.control.weighting import MODES, advantage_weights, effective_sample_size
@@ -25,6 +26,7 @@ Critic = Callable[[Tensor], Tensor]
 Objective = Callable[[ClippedGaussianPolicy, Tensor, Critic], tuple[Tensor, dict[str, Tensor]]]
 
 
+@checked
 @dataclass
 class DeterministicPolicyGradient:
     """TD3's actor: maximise the (pessimistic) value of sampled actions (arXiv 1802.09477; FB: arXiv 2209.14935).
@@ -36,9 +38,9 @@ class DeterministicPolicyGradient:
             (arXiv 2106.06860); None leaves both out.
     """
 
-    pessimism: float = 0.5
-    noise_clip: float = 0.3
-    behaviour_cloning: float | None = None
+    pessimism: Number = 0.5
+    noise_clip: NonNegative = 0.3
+    behaviour_cloning: NonNegative | None = None
 
     def __call__(
         self, policy: ClippedGaussianPolicy, action: Tensor, critic: Critic
@@ -54,6 +56,7 @@ class DeterministicPolicyGradient:
         return -value.mean() / scale + self.behaviour_cloning * distance, metrics
 
 
+@checked
 @dataclass
 class AdvantageWeighted:
     """Regression on the data's actions with weights that grow with their advantage (AWAC, arXiv 2006.09359; MOOD,
@@ -70,11 +73,11 @@ class AdvantageWeighted:
         pessimism: of the value; 0.5 with two members is their minimum.
     """
 
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     weighting: str = "iwis"
     renormalise: bool = True
-    value_samples: int = 4
-    pessimism: float = 0.5
+    value_samples: Size = 4
+    pessimism: Number = 0.5
 
     def __post_init__(self) -> None:
         if self.weighting not in MODES:

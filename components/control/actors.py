@@ -5,11 +5,12 @@ Dimensions: N batch, O observation, A action.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from components.checks import check_counts
+from components.checks import Count, NonNegative, Number, Positive, Range, Size, checked
 from components.control.policies import ClippedGaussianPolicy, TanhGaussianPolicy
 from components.networks.encoders import Encoder, evaluating
 from components.networks.ensemble import EnsembleMLP
@@ -19,6 +20,9 @@ Network = Callable[..., nn.Module]
 
 Trunk = Callable[[int], nn.Module]
 """Called with in_features; maps [N, in] to [N, its `out_features`]."""
+
+LogStd = Annotated[float, Range(-80, 80)]
+"""Logarithm of a standard deviation that float32 holds, as well as its inverse."""
 
 
 class Actor(nn.Module, ABC):
@@ -47,6 +51,7 @@ class Actor(nn.Module, ABC):
         """Reparameterised actions [N, A] that the actor's loss is computed with, and their log-densities [N]."""
 
 
+@checked
 class GaussianActor(Actor):
     """The tanh-Gaussian actor of soft actor-critic: it explores, bootstraps and improves with the same noise.
 
@@ -61,13 +66,15 @@ class GaussianActor(Actor):
 
     def __init__(
         self,
-        observation_dim: int,
-        action_dim: int,
+        observation_dim: Count,
+        action_dim: Size,
         network: Network = EnsembleMLP,
         trunk: Trunk | None = None,
-        log_std_range: tuple[float, float] = (-10.0, 2.0),
+        log_std_range: tuple[LogStd, LogStd] = (-10.0, 2.0),
     ) -> None:
         super().__init__()
+        if log_std_range[0] > log_std_range[1]:
+            raise ValueError(f"log_std_range={list(log_std_range)}: expected the lower end first.")
         self.network = _behind(trunk, network, observation_dim, 2 * action_dim)
         self.log_std_range = tuple(log_std_range)
 
@@ -89,6 +96,7 @@ class GaussianActor(Actor):
         return self(observation).sample_with_log_prob()
 
 
+@checked
 class DeterministicActor(Actor):
     """The deterministic actor of TD3: Gaussian noise in exploration, clipped noise in targets, none in its own loss.
 
@@ -101,13 +109,13 @@ class DeterministicActor(Actor):
 
     def __init__(
         self,
-        observation_dim: int,
-        action_dim: int,
+        observation_dim: Count,
+        action_dim: Size,
         network: Network = EnsembleMLP,
         trunk: Trunk | None = None,
-        exploration_std: float = 0.1,
-        target_std: float = 0.2,
-        target_clip: float | None = 0.5,
+        exploration_std: NonNegative = 0.1,
+        target_std: NonNegative = 0.2,
+        target_clip: NonNegative | None = 0.5,
     ) -> None:
         super().__init__()
         self.network = _behind(trunk, network, observation_dim, action_dim)
@@ -129,6 +137,7 @@ class DeterministicActor(Actor):
         return _certain(self.act(observation))
 
 
+@checked
 class ScheduledNoiseActor(Actor):
     """The actor of DrQ-v2: Gaussian noise around tanh of the network, in all it does, that falls over the run.
 
@@ -145,17 +154,16 @@ class ScheduledNoiseActor(Actor):
 
     def __init__(
         self,
-        observation_dim: int,
-        action_dim: int,
+        observation_dim: Count,
+        action_dim: Size,
         network: Network = EnsembleMLP,
         trunk: Trunk | None = None,
-        initial_std: float = 1.0,
-        final_std: float = 0.1,
-        anneal_steps: int = 500_000,
-        clip: float | None = 0.3,
+        initial_std: NonNegative = 1.0,
+        final_std: NonNegative = 0.1,
+        anneal_steps: Count = 500_000,
+        clip: NonNegative | None = 0.3,
     ) -> None:
         super().__init__()
-        check_counts(anneal_steps=anneal_steps)
         self.network = _behind(trunk, network, observation_dim, action_dim)
         self.initial_std, self.final_std, self.anneal_steps = initial_std, final_std, anneal_steps
         self.clip = clip
@@ -211,6 +219,7 @@ class ActorPolicy(nn.Module):
             return getattr(self.actor, self.use)(self.encoder(observation))
 
 
+@checked
 class EntropyTemperature(nn.Module):
     """The temperature alpha of maximum-entropy agents, learned so that the policy keeps a target entropy.
 
@@ -218,14 +227,12 @@ class EntropyTemperature(nn.Module):
 
     Args:
         action_dim: A.
-        initial: alpha at the start.
+        initial: alpha at the start; for none, agents take no temperature.
         target_entropy: in nats; -A if None.
     """
 
-    def __init__(self, action_dim: int, initial: float = 1.0, target_entropy: float | None = None) -> None:
+    def __init__(self, action_dim: Size, initial: Positive = 1.0, target_entropy: Number | None = None) -> None:
         super().__init__()
-        if initial <= 0:
-            raise ValueError(f"initial={initial}: expected a temperature above 0; module.temperature=null is for none.")
         self.log_alpha = nn.Parameter(torch.tensor(float(initial)).log())
         self.target_entropy = float(-action_dim if target_entropy is None else target_entropy)
 

@@ -8,9 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from components.checks import Count, Size, checked
 from components.networks.ensemble import EnsembleMLP, Members
 
 
+@checked
 class Critics(nn.Module):
     """An ensemble of critics of features and actions, [B, F] and [B, A] -> [P, B, M].
 
@@ -23,10 +25,10 @@ class Critics(nn.Module):
 
     def __init__(
         self,
-        features: int,
-        action_dim: int,
-        quantiles: int,
-        members: int,
+        features: Count,
+        action_dim: Size,
+        quantiles: Size,
+        members: Size,
         network: Callable[..., nn.Module],
         trunk: Callable[[int], nn.Module] | None = None,
     ) -> None:

@@ -11,15 +11,17 @@ A action, S action samples, T tasks.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from components.checks import check_counts
+from components.checks import Count, NonNegative, Range, Share, Size, checked
 from components.control.pessimism import pessimistic_mean
 from components.control.policies import ClippedGaussianPolicy, best_of
 from components.networks.ensemble import RELU_GAIN, EnsembleLayerNorm, EnsembleLinear, orthogonal_
+
+Width = Annotated[int, Range(2, 2**16)]  # embeddings have half of it
 
 
 def project_z(z: Tensor) -> Tensor:
@@ -53,6 +55,7 @@ class InputEmbedding(nn.Sequential):
         super().__init__(first, norm, nn.Tanh(), second, nn.ReLU())
 
 
+@checked
 class ForwardMap(nn.Module):
     """F_p(s, a, z): an ensemble of P networks on the embeddings of (s, a) and (s, z).
 
@@ -66,13 +69,13 @@ class ForwardMap(nn.Module):
 
     def __init__(
         self,
-        observation_dim: int,
-        action_dim: int,
-        features: int,
-        hidden_dim: int = 1024,
-        members: int = 2,
+        observation_dim: Count,
+        action_dim: Size,
+        features: Size,
+        hidden_dim: Width = 1024,
+        members: Size = 2,
         shared_embeddings: bool = False,
-        gain: float = RELU_GAIN,
+        gain: NonNegative = RELU_GAIN,
     ) -> None:
         super().__init__()
         embedded = None if shared_embeddings else members
@@ -97,6 +100,7 @@ class ForwardMap(nn.Module):
         return features.unflatten(1, (*samples, observation.shape[0]))
 
 
+@checked
 class BackwardMap(nn.Module):
     """B(s, z) = (B_1(s), B_2(s, z_1), ..., B_K(s, z_1 .. z_{K-1})), every block on the sphere of radius sqrt(d_k).
 
@@ -105,9 +109,8 @@ class BackwardMap(nn.Module):
     block is normalised on its own, since a norm over all blocks would make the first depend on z.
     """
 
-    def __init__(self, observation_dim: int, features: int, hidden_dim: int = 256, blocks: int = 1) -> None:
+    def __init__(self, observation_dim: Count, features: Size, hidden_dim: Size = 256, blocks: Size = 1) -> None:
         super().__init__()
-        check_counts(blocks=blocks)
         if features % blocks:
             raise ValueError(f"features={features} can't be split in blocks={blocks} blocks of equal size.")
         self.features = features
@@ -200,11 +203,17 @@ class BackwardMap(nn.Module):
         return self.directions(z) if normalise == "block" else project_z(z)
 
 
+@checked
 class ZConditionedActor(nn.Module):
     """The mean action tanh(mu(s, z)) on the embeddings of s and (s, z): [N, O], [N, d] -> [N, A] in (-1, 1)."""
 
     def __init__(
-        self, observation_dim: int, action_dim: int, features: int, hidden_dim: int = 1024, gain: float = 1.0
+        self,
+        observation_dim: Count,
+        action_dim: Size,
+        features: Size,
+        hidden_dim: Width = 1024,
+        gain: NonNegative = 1.0,
     ) -> None:
         super().__init__()
         self.embed = InputEmbedding(observation_dim, hidden_dim, gain=gain)
@@ -397,10 +406,11 @@ def implicit_reward(backward: Tensor, own: Tensor, z: Tensor) -> Tensor:
         return (own.float() * solved.mT.flatten(0, 1)).sum(-1)
 
 
+@checked
 class MixedLatentSampler(nn.Module):
     """Task vectors for training: uniform on the sphere, or with probability `goal_probability` those of goals."""
 
-    def __init__(self, goal_probability: float = 0.5) -> None:
+    def __init__(self, goal_probability: Share = 0.5) -> None:
         super().__init__()
         self.goal_probability = goal_probability
 

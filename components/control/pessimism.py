@@ -7,11 +7,12 @@ Dimensions: P ensemble members, B batch, M quantiles of the return (1: its expec
 """
 
 from abc import ABC, abstractmethod
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from components.checks import check_counts
+from components.checks import Count, Number, Range, Size, checked
 from components.networks.ensemble import Members
 
 
@@ -109,6 +110,7 @@ class MinimumPessimism(Pessimism):
         return slice(1) if self.actor_uses == "first" else None
 
 
+@checked
 class SubsetMinimumPessimism(Pessimism):
     """The minimum over a random subset of the critics, drawn anew for each target; the actor climbs the mean (REDQ).
 
@@ -116,9 +118,8 @@ class SubsetMinimumPessimism(Pessimism):
         subset: critics in the minimum.
     """
 
-    def __init__(self, subset: int = 2) -> None:
+    def __init__(self, subset: Size = 2) -> None:
         super().__init__()
-        check_counts(subset=subset)
         self.subset = subset
 
     def target_members(self, members: int, device: torch.device) -> Members:
@@ -133,6 +134,7 @@ class SubsetMinimumPessimism(Pessimism):
         return q.mean((0, 2))
 
 
+@checked
 class FixedPessimism(Pessimism):
     """Mean over the critics less beta times their disagreement: Q_mean - beta U (arXiv 2110.03375).
 
@@ -146,7 +148,7 @@ class FixedPessimism(Pessimism):
         uncertainty: U, ``pairwise`` disagreement or ``std``.
     """
 
-    def __init__(self, beta: float = 0.5, actor_beta: float | None = None, uncertainty: str = "pairwise") -> None:
+    def __init__(self, beta: Number = 0.5, actor_beta: Number | None = None, uncertainty: str = "pairwise") -> None:
         super().__init__()
         if uncertainty not in UNCERTAINTIES:
             raise ValueError(f"Unknown uncertainty={uncertainty!r}: expected one of {', '.join(UNCERTAINTIES)}.")
@@ -166,6 +168,7 @@ class FixedPessimism(Pessimism):
         return self.penalised(q, self.actor_beta).mean(-1)
 
 
+@checked
 class DualPessimism(FixedPessimism):
     """Learns beta as the dual variable of "targets are unbiased on average": dual TD-learning (arXiv 2110.03375).
 
@@ -184,20 +187,19 @@ class DualPessimism(FixedPessimism):
 
     def __init__(
         self,
-        beta: float = 0.5,
-        actor_beta: float | None = None,
+        beta: Number = 0.5,
+        actor_beta: Number | None = None,
         uncertainty: str = "pairwise",
-        shift: float = 0.0,
-        shift_steps: int = 1,
-        sign: int = 1,
+        shift: Annotated[float, Range(most=0)] = 0.0,
+        shift_steps: Count = 1,
+        sign: Annotated[int, Range(-1, 1)] = 1,
     ) -> None:
         super().__init__(beta, actor_beta, uncertainty)
-        if shift > 0 or (shift and actor_beta is not None):
-            raise ValueError(f"shift={shift}: expected a number up to 0, and none beside a fixed actor_beta.")
-        check_counts(shift_steps=shift_steps)
+        if shift and actor_beta is not None:
+            raise ValueError(f"shift={shift}: expected 0 beside a fixed actor_beta.")
         self.beta.requires_grad_()
-        if sign not in (1, -1):
-            raise ValueError(f"sign={sign}: expected 1 or -1.")
+        if sign == 0:
+            raise ValueError("sign=0: expected 1 or -1.")
         self.sign = sign
         self.tied = actor_beta is None
         self.shift_rise = -shift / shift_steps

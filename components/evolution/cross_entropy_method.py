@@ -8,9 +8,10 @@ Dimensions: D numbers searched, P population.
 import torch
 from torch import Tensor, nn
 
-from components.checks import check_counts
+from components.checks import Momentum, Number, Share, Size, checked
 
 
+@checked
 class CrossEntropyMethod(nn.Module):
     """Draw a population (`ask`), score it (`tell`); a module, so that a search is saved and resumed as one.
 
@@ -30,26 +31,23 @@ class CrossEntropyMethod(nn.Module):
 
     def __init__(
         self,
-        size: int,
+        size: Size,
         *,
-        population: int = 32,
-        elite_share: float = 0.2,
-        low: float = 0.0,
-        high: float = 1.0,
-        start: float,
-        memory: float = 0.0,
+        population: Size = 32,
+        elite_share: Share = 0.2,
+        low: Number = 0.0,
+        high: Number = 1.0,
+        start: Number,
+        memory: Momentum = 0.0,
         fresh: bool = False,
     ) -> None:
         super().__init__()
-        check_counts(size=size, population=population)
         if low >= high:
             raise ValueError(f"low={low}, high={high}: expected the first to be below the second.")
         if not low <= start <= high:
             raise ValueError(f"start={start}: expected a number from {low} to {high}.")
-        if not 2 <= int(elite_share * population) <= population:
+        if int(elite_share * population) < 2:
             raise ValueError(f"elite_share={elite_share}: expected at least two of the {population} points.")
-        if not 0 <= memory < 1:
-            raise ValueError(f"memory={memory}: expected at least 0 and below 1.")
         self.low, self.high, self.memory, self.fresh = low, high, memory, fresh
         self.elites = int(elite_share * population)
         self.register_buffer("mean", torch.full((size,), start))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from components.checks import check_counts
+from components.checks import Positive, Size, checked
 from components.language.singular_values import SVD, SingularValueScaling, decompose, factorise
 from components.networks.ensemble import EnsembleLinear
 
@@ -211,6 +211,7 @@ class SingularValueAdapter(Adapter):
         return self.model
 
 
+@checked
 class LowRankAdapter(Adapter):
     """LoRA, DoRA or IA3, by the library `peft`.
 
@@ -229,15 +230,14 @@ class LowRankAdapter(Adapter):
         kind: str = "lora",
         modules: str | Sequence[str] = "attention",
         layers: str = "all",
-        rank: int = 16,
-        alpha: float = 32.0,
+        rank: Size = 16,
+        alpha: Positive = 32.0,
     ) -> None:
         from peft import IA3Config, LoraConfig, inject_adapter_in_model
 
         super().__init__(model)
         if kind not in ("lora", "dora", "ia3"):
             raise ValueError(f"Unknown kind={kind!r}: expected lora, dora or ia3.")
-        check_counts(rank=rank)
         if kind == "ia3":
             names = list(select_linears(model, ("k_proj", "v_proj", "down_proj"), layers))
             hidden = [name for name in names if name.endswith("down_proj")]

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from components.checks import NonNegative, Number, Positive, checked
 from components.files import replacing
 
 RESCALES = ("nuclear", "none")
@@ -67,6 +68,7 @@ def decompose(weight: Tensor, cache: str | Path | None = None) -> SVD:
     return svd
 
 
+@checked
 class SingularValueScaling(nn.Module):
     """A parametrisation of a weight W = U diag(s) V' by a vector p [r]: c U diag(s z) V'.
 
@@ -101,9 +103,9 @@ class SingularValueScaling(nn.Module):
         *,
         rescale: str = "nuclear",
         parametrization: str = "sigmoid",
-        max_scale: float = 1.0,
-        initial_mean: float | None = None,
-        initial_std: float | None = None,
+        max_scale: Positive = 1.0,
+        initial_mean: Number | None = None,
+        initial_std: NonNegative | None = None,
     ) -> None:
         super().__init__()
         if rescale not in RESCALES:
@@ -112,8 +114,6 @@ class SingularValueScaling(nn.Module):
             raise ValueError(f"Unknown parametrization={parametrization!r}: expected one of {PARAMETRIZATIONS}.")
         if (*svd.u.shape[:-1], svd.vh.shape[-1]) != weight.shape:
             raise ValueError(f"svd: expected one of a weight {list(weight.shape)}, found one of another shape.")
-        if max_scale <= 0:
-            raise ValueError(f"max_scale={max_scale}: expected more than 0.")
         sigmoid = parametrization == "sigmoid"
         if sigmoid and rescale == "none" and initial_mean is None:
             raise ValueError(

@@ -9,9 +9,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from components.checks import check_counts
+from components.checks import Size, SizeOrZero, checked
 
 
+@checked
 class SmallConvNet(nn.Sequential):
     """Convolutions 3x3 with ReLU, each followed by a pooling by two, and one dense layer; no normalisation.
 
@@ -21,8 +22,9 @@ class SmallConvNet(nn.Sequential):
         features: F.
     """
 
-    def __init__(self, image_shape: Sequence[int], channels: Sequence[int] = (16, 32), features: int = 64) -> None:
-        check_counts(features=features, **{f"channels[{index}]": count for index, count in enumerate(channels)})
+    def __init__(self, image_shape: Sequence[Size], channels: Sequence[Size] = (16, 32), features: Size = 64) -> None:
+        if not channels:
+            raise ValueError("channels=[]: expected a number for each convolution.")
         size = image_shape[1]
         layers: list[nn.Module] = []
         for inside, outside in pairwise([image_shape[0], *channels]):
@@ -33,6 +35,7 @@ class SmallConvNet(nn.Sequential):
         self.features = features
 
 
+@checked
 class ResNet(nn.Module):
     """The residual network for images of 32 pixels (He et al., arXiv 1512.03385): 6 n + 2 layers, F = 64.
 
@@ -43,9 +46,8 @@ class ResNet(nn.Module):
 
     features = 64
 
-    def __init__(self, image_shape: Sequence[int], depth: int = 5) -> None:
+    def __init__(self, image_shape: Sequence[Size], depth: Size = 5) -> None:
         super().__init__()
-        check_counts(depth=depth)
         layers: list[nn.Module] = [
             nn.Conv2d(image_shape[0], 16, 3, padding=1, bias=False),
             nn.BatchNorm2d(16),
@@ -84,6 +86,7 @@ class _Block(nn.Module):
         return (past + self.branch(x)).relu()
 
 
+@checked
 class CropAndFlip(nn.Module):
     """Each image of a batch is shifted by up to `pad` pixels over a black border, and mirrored half of the time.
 
@@ -91,10 +94,8 @@ class CropAndFlip(nn.Module):
         pad: pixels.
     """
 
-    def __init__(self, pad: int = 4) -> None:
+    def __init__(self, pad: SizeOrZero = 4) -> None:
         super().__init__()
-        if pad < 0:
-            raise ValueError(f"pad={pad}: expected 0 or more pixels.")
         self.pad = pad
 
     def forward(self, images: Tensor) -> Tensor:

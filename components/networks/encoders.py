@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from components.checks import check_counts, vector_size
+from components.checks import Count, NonNegative, Size, SizeOrZero, checked, vector_size
 from components.networks.ensemble import RELU_GAIN
 from components.networks.signal_mixing import SignalMixing
 
@@ -67,10 +67,11 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         module.train(training)
 
 
+@checked
 class FlatObservations(Encoder):
     """No encoder: observations are vectors, and are the features."""
 
-    def __init__(self, observation_shape: Sequence[int]) -> None:
+    def __init__(self, observation_shape: Sequence[Count]) -> None:
         super().__init__()
         self.features = vector_size(observation_shape)
 
@@ -81,6 +82,7 @@ class FlatObservations(Encoder):
         return []
 
 
+@checked
 class PixelEncoder(Encoder):
     """The convolutional encoder of DrQ-v2 (Yarats et al., arXiv 2107.09645): 3x3 convolutions, ReLU after each.
 
@@ -98,19 +100,18 @@ class PixelEncoder(Encoder):
 
     def __init__(
         self,
-        observation_shape: Sequence[int],
-        channels: int = 32,
-        strides: Sequence[int] = (2, 1, 1, 1),
-        gain: float = RELU_GAIN,
+        observation_shape: Sequence[Count],
+        channels: Size = 32,
+        strides: Sequence[Size] = (2, 1, 1, 1),
+        gain: NonNegative = RELU_GAIN,
         augmentation: nn.Module | None = None,
         mixing: Callable[..., SignalMixing] | None = None,
     ) -> None:
         super().__init__()
         if len(observation_shape) != 3 or observation_shape[1] != observation_shape[2]:
             raise ValueError(f"observation_shape={list(observation_shape)}: expected square pictures, [C, H, H].")
-        check_counts(channels=channels)
-        if not strides or min(strides) < 1:
-            raise ValueError(f"strides={list(strides)}: expected one of 1 or more for each convolution.")
+        if not strides:
+            raise ValueError("strides=[]: expected one for each convolution.")
         # Of a map with less than three rows there is no roughness to measure.
         least = smallest_picture(strides, of=1 if mixing is None else 3)
         if observation_shape[1] < least:
@@ -179,6 +180,7 @@ def random_shift(x: Tensor, shifts: Tensor, pad: int) -> Tensor:
     return x.permute(0, 2, 3, 1)[picture, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
+@checked
 class RandomShift(nn.Module):
     """The augmentation of DrQ: each picture is shifted by up to `pad` pixels along each axis.
 
@@ -186,10 +188,8 @@ class RandomShift(nn.Module):
         pad: 4 for pictures of 84 pixels.
     """
 
-    def __init__(self, pad: int = 4) -> None:
+    def __init__(self, pad: SizeOrZero = 4) -> None:
         super().__init__()
-        if pad < 0:
-            raise ValueError(f"pad={pad}: expected 0 or more pixels for the random shift.")
         self.pad = pad
 
     def forward(self, x: Tensor) -> Tensor:
@@ -197,6 +197,7 @@ class RandomShift(nn.Module):
         return random_shift(x, shifts, self.pad)
 
 
+@checked
 class FeatureTrunk(nn.Sequential):
     """Linear, layer normalisation, tanh: [N, F] -> [N, feature_dim], what DrQ-v2's actor and critic each begin with.
 
@@ -204,7 +205,7 @@ class FeatureTrunk(nn.Sequential):
         out_features: feature_dim.
     """
 
-    def __init__(self, in_features: int, feature_dim: int = 50) -> None:
+    def __init__(self, in_features: Count, feature_dim: Size = 50) -> None:
         linear = nn.Linear(in_features, feature_dim)
         nn.init.orthogonal_(linear.weight)
         nn.init.zeros_(linear.bias)

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from components.checks import Count, NonNegative, Size, SizeOrZero, checked
+
 RELU_GAIN = math.sqrt(2.0)
 
 Members = Tensor | slice | None
@@ -95,6 +97,7 @@ class EnsembleSpectralLinear(EnsembleLinear):
         self.weight.div_(sigma.unsqueeze(-1))
 
 
+@checked
 class EnsembleMLP(nn.Sequential):
     """P networks with ReLU between linear layers: [N, in] or [P, N, in] -> [P, N, out].
 
@@ -106,13 +109,13 @@ class EnsembleMLP(nn.Sequential):
 
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
-        members: int = 1,
-        hidden_dim: int = 256,
-        layers: int = 2,
-        gain: float = RELU_GAIN,
-        last_gain: float = 0.01 * RELU_GAIN,
+        in_features: Count,
+        out_features: Size,
+        members: Size = 1,
+        hidden_dim: Size = 256,
+        layers: SizeOrZero = 2,
+        gain: NonNegative = RELU_GAIN,
+        last_gain: NonNegative = 0.01 * RELU_GAIN,
     ) -> None:
         parts: list[nn.Module] = []
         for _ in range(layers):
@@ -142,6 +145,7 @@ class ResidualBlock(nn.Module):
         return x + self.branch(x)
 
 
+@checked
 class EnsembleResidualMLP(nn.Sequential):
     """The "modern" P networks: linear, ReLU, residual blocks, linear: [N, in] or [P, N, in] -> [P, N, out].
 
@@ -153,12 +157,12 @@ class EnsembleResidualMLP(nn.Sequential):
 
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
-        members: int = 1,
-        hidden_dim: int = 256,
-        blocks: int = 1,
-        last_gain: float = 0.01 * RELU_GAIN,
+        in_features: Count,
+        out_features: Size,
+        members: Size = 1,
+        hidden_dim: Size = 256,
+        blocks: Size = 1,
+        last_gain: NonNegative = 0.01 * RELU_GAIN,
     ) -> None:
         super().__init__(
             EnsembleLinear(members, in_features, hidden_dim, RELU_GAIN),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from components.checks import Momentum, NonNegative, Share, Size, checked
 from components.distributed import average_
 
 Score = Callable[[Tensor], Tensor]
@@ -49,6 +50,7 @@ def _interpolation(size: int, shift: Tensor) -> Tensor:
     return (1 - (wanted[..., None] - positions).abs()).clamp(min=0)
 
 
+@checked
 class LocalSignalMixing(nn.Module):
     """LIX: one random translation of all feature maps of a call, at most (pad + 1/2) strength pixels along each axis.
 
@@ -60,10 +62,8 @@ class LocalSignalMixing(nn.Module):
             share a batch draw one each.
     """
 
-    def __init__(self, pad: float = 2.0, shared_across_batch: bool = True) -> None:
+    def __init__(self, pad: NonNegative = 2.0, shared_across_batch: bool = True) -> None:
         super().__init__()
-        if pad < 0:
-            raise ValueError(f"pad={pad}: expected 0 or more pixels for signal mixing.")
         self.pad = pad
         self.shared_across_batch = shared_across_batch
 
@@ -125,6 +125,7 @@ class _Dual(torch.autograd.Function):
         return gradient, ctx.target - ctx.score(mean), None, None
 
 
+@checked
 class DualStrength(nn.Module):
     """A strength in [0, 1] that rises while the gradient at this place scores above a target, and falls below it.
 
@@ -144,17 +145,13 @@ class DualStrength(nn.Module):
 
     def __init__(
         self,
-        initial: float = 0.5,
-        target: float = 0.535,
-        learning_rate: float = 2e-3,
-        momentum: float = 0.5,
+        initial: Share = 0.5,
+        target: NonNegative = 0.535,
+        learning_rate: NonNegative = 2e-3,
+        momentum: Momentum = 0.5,
         score: Score = discontinuity_score,
     ) -> None:
         super().__init__()
-        if not 0 <= initial <= 1:
-            raise ValueError(f"initial={initial}: expected a strength from 0 to 1.")
-        if learning_rate < 0:
-            raise ValueError(f"learning_rate={learning_rate}: expected 0 or more for the strength of mixing.")
         self.strength = nn.Parameter(torch.tensor(float(initial)))
         self.target = target
         self.learning_rate = learning_rate
@@ -186,6 +183,7 @@ class DualStrength(nn.Module):
 PLACES = ("none", "all", "last", "input")
 
 
+@checked
 class SignalMixing(nn.Module):
     """Where an encoder of several blocks is mixed, and what tunes it: A-LIX and what it is compared with.
 
@@ -197,28 +195,30 @@ class SignalMixing(nn.Module):
         adaptive: tune strengths; otherwise they stay as they are at first.
         tied: one strength, tuned by the score behind the last block; otherwise each mixed block has its own.
         pad, shared_across_batch: see `LocalSignalMixing`.
-        dual: arguments of `DualStrength`.
+        initial, target, learning_rate, momentum: see `DualStrength`.
     """
 
     def __init__(
         self,
-        blocks: int,
+        blocks: Size,
         place: str = "all",
         adaptive: bool = True,
         tied: bool = True,
-        pad: float = 2.0,
+        pad: NonNegative = 2.0,
         shared_across_batch: bool = True,
-        **dual: Any,
+        initial: Share = 0.5,
+        target: NonNegative = 0.535,
+        learning_rate: NonNegative = 2e-3,
+        momentum: Momentum = 0.5,
     ) -> None:
         super().__init__()
-        if not adaptive:
-            dual["learning_rate"] = 0.0
         if place not in PLACES:
             raise ValueError(f"Unknown place={place!r} of mixing: expected one of {', '.join(PLACES)}.")
         self.blocks = {"none": [], "all": list(range(1, blocks + 1)), "last": [blocks], "input": [0]}[place]
         self.measured = [blocks] if tied or not self.blocks else self.blocks
         self.layer = LocalSignalMixing(pad, shared_across_batch)
-        self.duals = nn.ModuleList(DualStrength(**dual) for _ in self.measured)
+        rate = learning_rate if adaptive else 0.0
+        self.duals = nn.ModuleList(DualStrength(initial, target, rate, momentum) for _ in self.measured)
 
     def forward(self, z: Tensor, block: int) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W], what leaves block number `block`."""

@@ -16,6 +16,7 @@ import torch
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
+from components.checks import NonNegative, Size, checked
 from datamodules.behaviours.balance import (
     ARM_LOWERED,
     ARM_RAISED,
@@ -201,6 +202,7 @@ class _Rows(nn.Module):
         return torch.cat([self.balancing(physics[:rows]), self.exploring(physics[rows:])])
 
 
+@checked
 class HumanoidBehaviours:
     """Draws episodes of the embedded humanoid data set.
 
@@ -216,13 +218,17 @@ class HumanoidBehaviours:
 
     def __init__(
         self,
-        shares: Mapping[str, float] | None = None,
-        max_noise: float = 0.5,
-        bursts: tuple[int, int] = (1, 15),
+        shares: Mapping[str, NonNegative] | None = None,
+        max_noise: NonNegative = 0.5,
+        bursts: tuple[Size, Size] = (1, 15),
     ) -> None:
         self.shares = shares or {"hold": 0.25, "move": 0.55, "explore_upright": 0.1, "explore_floor": 0.1}
         if unknown := set(self.shares) - set(SOURCES):
             raise ValueError(f"unknown behaviours {sorted(unknown)}; there are {', '.join(SOURCES)}")
+        if not sum(self.shares.values()):
+            raise ValueError(f"shares={dict(self.shares)}: expected one that is more than 0.")
+        if bursts[0] > bursts[1]:
+            raise ValueError(f"bursts={list(bursts)}: expected the shortest first.")
         self.max_noise = max_noise
         self.bursts = bursts
 

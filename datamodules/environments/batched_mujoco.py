@@ -14,7 +14,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import Unbounded
 
-from components.checks import check_counts
+from components.checks import Count, Seed, Size, checked
 from datamodules.environments.domains import DOMAINS, MAX_PICTURE, Snapshot, Start
 from datamodules.environments.measured import MeasuredEnv
 from datamodules.environments.simulation import BatchSimulation
@@ -22,6 +22,7 @@ from datamodules.environments.tasks import TASKS
 from datamodules.pixels import RenderingUnavailable
 
 
+@checked
 class BatchedMujocoEnv(MeasuredEnv):
     """n environments of one domain, stepped together on all cores.
 
@@ -51,13 +52,13 @@ class BatchedMujocoEnv(MeasuredEnv):
         self,
         domain: str,
         task: str | None = None,
-        num_envs: int = 1,
+        num_envs: Size = 1,
         *,
         start: Start | None = None,
-        episode_length: int | None = None,
-        action_repeat: int = 1,
-        num_threads: int | None = None,
-        seed: int = 0,
+        episode_length: Count | None = None,
+        action_repeat: Size = 1,
+        num_threads: Size | None = None,
+        seed: Seed = 0,
     ) -> None:
         if domain not in DOMAINS:
             raise ValueError(f"Unknown domain {domain!r}: expected one of {', '.join(DOMAINS)}.")
@@ -66,7 +67,6 @@ class BatchedMujocoEnv(MeasuredEnv):
         self.episode_length = episode_length or self.domain.episode_length
         self.simulation = BatchSimulation(self.domain, num_threads)
         self._start = start or self.domain.start
-        check_counts(action_repeat=action_repeat)
         self.action_repeat = action_repeat
         self.step_seconds = self.simulation.model.opt.timestep * self.domain.substeps * action_repeat
         self._renderer: mujoco.Renderer | None = None

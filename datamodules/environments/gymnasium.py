@@ -19,7 +19,7 @@ from gymnasium import spaces
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from components.checks import check_counts
+from components.checks import Count, Seed, Size, checked
 from datamodules.environments.measured import MeasuredEnv
 from datamodules.pixels import RenderingUnavailable
 
@@ -37,6 +37,7 @@ _BROKEN = [mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, m
 _OWN = ("seeds", "actions", "steps", "reward", "observation", "earned")
 
 
+@checked
 class GymnasiumEnv(MeasuredEnv):
     """n environments of one task, stepped one after the other as a batch.
 
@@ -67,14 +68,13 @@ class GymnasiumEnv(MeasuredEnv):
     def __init__(
         self,
         id: str | Callable[..., gymnasium.Env],
-        num_envs: int = 1,
+        num_envs: Size = 1,
         *,
-        seed: int = 0,
-        episode_length: int | None = None,
+        seed: Seed = 0,
+        episode_length: Count | None = None,
         options: Mapping[str, Any] | None = None,
         wrappers: Sequence[Callable[[gymnasium.Env], gymnasium.Env]] = (),
     ) -> None:
-        check_counts(num_envs=num_envs, episode_length=1 if episode_length is None else episode_length)
         super().__init__(num_envs, seed)
         if isinstance(id, str):
             id = D4RL_BODIES.get(id.partition("-")[0], id)

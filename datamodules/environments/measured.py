@@ -13,9 +13,11 @@ from torch import Tensor
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
+from components.checks import Seed, Size, checked
 from components.control.rewards import RewardExpression
 
 
+@checked
 class MeasuredEnv(EnvBase):
     """A batch of environments that report their physics state and named measurements of it at every step.
 
@@ -36,7 +38,7 @@ class MeasuredEnv(EnvBase):
     action_repeat = 1  # control steps in a step
     frame_stack: int | None = None  # pictures of an observation, oldest first; an episode begins with copies of one
 
-    def __init__(self, num_envs: int, seed: int) -> None:
+    def __init__(self, num_envs: Size, seed: Seed) -> None:
         super().__init__(device="cpu", batch_size=[num_envs])
         self._generator = torch.Generator().manual_seed(seed)
         self._restored = False

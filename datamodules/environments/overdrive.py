@@ -15,6 +15,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from components.checks import Seed, Size, checked
 from datamodules.environments.measured import MeasuredEnv
 from datamodules.evaluation import EvaluationTask
 
@@ -38,6 +39,7 @@ def move(position: Tensor, action: Tensor) -> Tensor:
     return (position + 0.2 * action * (1 - 2 * (size - TURN_OVER).clamp_min(0))).clamp(-1, 1)
 
 
+@checked
 class OverdriveEnv(MeasuredEnv):
     """n points. Measurements: position `x`, `y` and `effort` = |a|, the size of the action that led here.
 
@@ -48,7 +50,7 @@ class OverdriveEnv(MeasuredEnv):
 
     step_seconds = 0.05
 
-    def __init__(self, num_envs: int, seed: int = 0) -> None:
+    def __init__(self, num_envs: Size, seed: Seed = 0) -> None:
         super().__init__(num_envs, seed)
         self.declare_measurements({"x": 0, "y": 0, "effort": 0}, TASKS, "overdrive")
         self.declare_specs([2], 2, 2)

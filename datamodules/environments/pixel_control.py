@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from components.checks import check_counts
+from components.checks import CountOrZero, Seed, Size, checked
 from datamodules.environments.measured import MeasuredEnv
 from datamodules.pixels.rendering import View
 from datamodules.pixels.tasks import Moment, PixelTask
@@ -21,9 +21,11 @@ from datamodules.pixels.workers import WorkerGroup
 _CAMERAS = {"quadruped": 2, "manipulation": "front_close"}  # of published code; else the first
 _MANIPULATION_STEPS = 250
 _SUITE_STEPS = 1000
+_LARGEST = 4096  # pixels a side, which graphics libraries can draw
 _MOST_WORKERS = 16  # that nobody has asked for
 
 
+@checked
 class PixelControlEnv(MeasuredEnv):
     """n environments of one dm_control task, observed as stacks of pictures.
 
@@ -58,27 +60,22 @@ class PixelControlEnv(MeasuredEnv):
         self,
         domain: str,
         task: str,
-        num_envs: int = 1,
+        num_envs: Size = 1,
         *,
-        size: int = 84,
-        frame_stack: int = 3,
-        action_repeat: int = 2,
-        episode_length: int | None = None,
-        camera: str | int | None = None,
+        size: Size = 84,
+        frame_stack: Size = 3,
+        action_repeat: Size = 2,
+        episode_length: Size | None = None,
+        camera: str | CountOrZero | None = None,
         effects: bool = False,
-        supersampling: int = 1,
-        render_workers: int | None = None,
-        seed: int = 0,
+        supersampling: Size = 1,
+        render_workers: Size | None = None,
+        seed: Seed = 0,
     ) -> None:
-        check_counts(
-            num_envs=num_envs,
-            size=size,
-            frame_stack=frame_stack,
-            action_repeat=action_repeat,
-            supersampling=supersampling,
-            episode_length=1 if episode_length is None else episode_length,
-            render_workers=1 if render_workers is None else render_workers,
-        )
+        if size * supersampling > _LARGEST:
+            raise ValueError(
+                f"size={size}, supersampling={supersampling}: expected to draw at most {_LARGEST} pixels a side."
+            )
         super().__init__(num_envs, seed)
         self._camera = _CAMERAS.get(domain, 0) if camera is None else camera
         self._name = f"{domain}_{task}"

@@ -13,11 +13,13 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from components.checks import Count, NonNegative, Seed, Size, checked
 from datamodules.environments.measured import MeasuredEnv
 
 SIZE = 3
 
 
+@checked
 class ZeroValueEnv(MeasuredEnv):
     """n such worlds; observations and actions have three components. The only measurement is the reward.
 
@@ -30,7 +32,7 @@ class ZeroValueEnv(MeasuredEnv):
 
     step_seconds = 0.05
 
-    def __init__(self, num_envs: int, seed: int = 0, noise: float = 1.0, episode_length: int = 1000) -> None:
+    def __init__(self, num_envs: Size, seed: Seed = 0, noise: NonNegative = 1.0, episode_length: Count = 1000) -> None:
         super().__init__(num_envs, seed)
         self.noise = noise
         self.episode_length = episode_length

@@ -16,7 +16,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from components.checks import check_counts
+from components.checks import Count, CountOrZero, Seed, Size, SizeOrZero, checked
 from components.coding.class_incremental import average_incremental_accuracy, forgetting, herding
 from components.coding.exemplars import ExemplarMemory, ImageStore, RawStore
 from components.coding.image_codec import STREAMS, ImageCodec
@@ -28,6 +28,7 @@ VIEWS = ("raw", "reconstructed", "both")
 SELECTIONS = ("random", "herding")
 
 
+@checked
 class ImageDataModule(FixedTasks, L.LightningDataModule):
     """Images whose classes are put in an order, a group of them first and then one small group after the other.
 
@@ -51,26 +52,17 @@ class ImageDataModule(FixedTasks, L.LightningDataModule):
         self,
         dataset: Callable[[], LabelledImages],
         *,
-        base_classes: int,
-        classes_per_task: int,
-        batch_size: int,
-        updates_per_step: int = 1,
-        classes: int | None = None,
-        per_class: int | None = None,
-        test_per_class: int | None = None,
-        order_seed: int | None = 1993,
-        seed: int = 0,
+        base_classes: Size,
+        classes_per_task: Size,
+        batch_size: Size,
+        updates_per_step: Size = 1,
+        classes: Size | None = None,
+        per_class: Count | None = None,
+        test_per_class: Count | None = None,
+        order_seed: Seed | None = 1993,
+        seed: Seed = 0,
     ) -> None:
         super().__init__()
-        check_counts(
-            classes=1 if classes is None else classes,
-            base_classes=base_classes,
-            classes_per_task=classes_per_task,
-            batch_size=batch_size,
-            updates_per_step=updates_per_step,
-            per_class=1 if per_class is None else per_class,
-            test_per_class=1 if test_per_class is None else test_per_class,
-        )
         self._make_dataset = dataset
         self.base_classes = base_classes
         self.classes_per_task = classes_per_task
@@ -136,6 +128,7 @@ class ImageDataModule(FixedTasks, L.LightningDataModule):
         return self.batch_size // world_size()
 
 
+@checked
 class BaseClassImages(ImageDataModule):
     """Batches of the first group's images, to learn a codec by, and tests of it on all groups.
 
@@ -144,9 +137,8 @@ class BaseClassImages(ImageDataModule):
         settings: of `ImageDataModule`.
     """
 
-    def __init__(self, dataset: Callable[[], LabelledImages], *, evaluate_every: int, **settings: Any) -> None:
+    def __init__(self, dataset: Callable[[], LabelledImages], *, evaluate_every: Count, **settings: Any) -> None:
         super().__init__(dataset, **settings)
-        check_counts(evaluate_every=evaluate_every)
         if evaluate_every % self.updates_per_step:
             raise ValueError(
                 f"evaluate_every={evaluate_every} is no multiple of updates_per_step={self.updates_per_step}."
@@ -186,6 +178,7 @@ class BaseClassImages(ImageDataModule):
         )
 
 
+@checked
 class ClassIncrementalDataModule(ImageDataModule):
     """One task after another: its images, and what a memory of exemplars makes of those of earlier ones.
 
@@ -212,23 +205,19 @@ class ClassIncrementalDataModule(ImageDataModule):
         self,
         dataset: Callable[[], LabelledImages],
         *,
-        task_updates: Sequence[int],
+        task_updates: Sequence[Count],
         store: Callable[..., ImageStore],
-        bytes_per_class: int | None,
+        bytes_per_class: CountOrZero | None,
         memory_folder: str,
-        raw_per_class: int = 0,
+        raw_per_class: CountOrZero = 0,
         view: str = "both",
         selection: str = "random",
-        pairs: int = 0,
+        pairs: SizeOrZero = 0,
         **settings: Any,
     ) -> None:
         super().__init__(dataset, **settings)
         if isinstance(task_updates, int):
             raise ValueError(f"task_updates={task_updates}: expected a list of numbers, one for each task.")
-        check_counts(**{f"task_updates[{index}]": updates for index, updates in enumerate(task_updates)})
-        for name, value in (("raw_per_class", raw_per_class), ("pairs", pairs)):
-            if value < 0:
-                raise ValueError(f"{name}={value}: expected 0 or more.")
         for index, updates in enumerate(task_updates):
             if updates % self.updates_per_step:
                 raise ValueError(f"task_updates[{index}]={updates} is no multiple of {self.updates_per_step}.")

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from components.checks import Count, checked
+
 _FASHION_SIZE = (28, 28)
 _PIECE = 2**20  # bytes decompressed at once
 
@@ -30,7 +32,8 @@ class LabelledImages(NamedTuple):
     test_labels: Tensor
 
 
-def digits(per_class: int = 130) -> LabelledImages:
+@checked
+def digits(per_class: Count = 130) -> LabelledImages:
     """Scikit-learn's 1,797 digits of 8 x 8 pixels; the first `per_class` of each are for training, the rest for tests.
 
     Raises:

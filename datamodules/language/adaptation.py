@@ -12,13 +12,14 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from components.checks import check_counts
+from components.checks import Count, CountOrZero, Seed, Size, checked
 from components.language.models import PretrainedFolder
 from datamodules.language.questions import Categories, Question, QuestionFamily
 from datamodules.language.training import Prompts, QuestionsTask
 from datamodules.sampling import EvaluationTasks, FixedTasks, Stacks
 
 
+@checked
 class AdaptationDataModule(FixedTasks, L.LightningDataModule):
     """Shots and tests of several families, which a method adapts to one after the other.
 
@@ -47,20 +48,17 @@ class AdaptationDataModule(FixedTasks, L.LightningDataModule):
         kinds: Mapping[str, str],
         template: str | None = None,
         turn_end: str = "",
-        most_tokens: int,
-        shots: int,
-        in_context: int = 0,
-        test_questions: int,
-        generation_batch: int = 100,
-        split_seed: int = 0,
-        seed: int = 0,
+        most_tokens: Size,
+        shots: Count,
+        in_context: CountOrZero = 0,
+        test_questions: Count,
+        generation_batch: Size = 100,
+        split_seed: Seed = 0,
+        seed: Seed = 0,
     ) -> None:
         super().__init__()
-        check_counts(
-            most_tokens=most_tokens, shots=shots, test_questions=test_questions, generation_batch=generation_batch
-        )
-        if not 0 <= in_context <= shots:
-            raise ValueError(f"in_context={in_context}: expected from 0 to shots={shots}.")
+        if in_context > shots:
+            raise ValueError(f"in_context={in_context}: expected at most shots={shots}.")
         self.prompts = Prompts(language_model, template, turn_end)
         self.families = list(families.values())
         self.categories = categories

@@ -13,7 +13,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.nn.functional import pad
 
-from components.checks import check_counts
+from components.checks import Count, Number, Seed, Size, checked
 from components.distributed import rank, world_size
 from components.language.models import PretrainedFolder
 from datamodules.language.questions import Question, QuestionFamily
@@ -110,6 +110,7 @@ class Prompts:
         ]
 
 
+@checked
 class LanguageDataModule(FixedTasks, L.LightningDataModule):
     """A family of questions: at each update some are asked of the policy as it is, and its answers verified.
 
@@ -140,28 +141,19 @@ class LanguageDataModule(FixedTasks, L.LightningDataModule):
         *,
         others: Mapping[str, QuestionFamily] | None = None,
         template: str | None = None,
-        most_tokens: int,
-        batch_size: int,
+        most_tokens: Size,
+        batch_size: Size,
         completions: str = "sampled",
-        reward_wrong: float = -1.0,
-        evaluate_every: int,
-        validation_questions: int,
-        test_questions: int,
-        other_questions: int = 100,
-        generation_batch: int = 100,
-        split_seed: int = 0,
-        seed: int = 0,
+        reward_wrong: Number = -1.0,
+        evaluate_every: Count,
+        validation_questions: Count,
+        test_questions: Count,
+        other_questions: Count = 100,
+        generation_batch: Size = 100,
+        split_seed: Seed = 0,
+        seed: Seed = 0,
     ) -> None:
         super().__init__()
-        check_counts(
-            most_tokens=most_tokens,
-            batch_size=batch_size,
-            evaluate_every=evaluate_every,
-            validation_questions=validation_questions,
-            test_questions=test_questions,
-            other_questions=other_questions,
-            generation_batch=generation_batch,
-        )
         if completions not in COMPLETIONS:
             raise ValueError(f"Unknown completions={completions!r}: expected one of {', '.join(COMPLETIONS)}.")
         self.prompts = Prompts(language_model, template)

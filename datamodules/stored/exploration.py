@@ -2,6 +2,7 @@
 
 from tensordict.nn import TensorDictModule
 
+from components.checks import NonNegative, Seed, Size, checked
 from datamodules.behaviours.exploration import ExplorationController
 from datamodules.environments.batched_mujoco import BatchedMujocoEnv
 from datamodules.environments.domains import start_random_untouched
@@ -11,16 +12,17 @@ from datamodules.stored.transitions import TransitionDataset
 STARTS = {"suite": None, "anywhere": start_random_untouched}
 
 
+@checked
 def exploration_dataset(
     root: str,
     domain: str,
     *,
-    shards: int = 4,
-    rows: int = 128,
-    steps: int = 250,
+    shards: Size = 4,
+    rows: Size = 128,
+    steps: Size = 250,
     starts: str = "suite",
-    seed: int = 0,
-    expected_seconds: float = 60.0,
+    seed: Seed = 0,
+    expected_seconds: NonNegative = 60.0,
 ) -> TransitionDataset:
     """Load the data set of these settings from `root`, collecting it first if it is not there.
 

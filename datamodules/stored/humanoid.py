@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from components.checks import CountOrZero, NonNegative, Number, Seed, Size, checked
 from datamodules.behaviours.humanoid import HumanoidBehaviours
 from datamodules.environments.batched_mujoco import BatchedMujocoEnv
 from datamodules.stored.collect import Shard, collect_dataset
@@ -13,19 +14,20 @@ from datamodules.stored.transitions import TransitionDataset
 HEAD_HEIGHT = 21  # its place in dm_control's flat observation
 
 
+@checked
 def humanoid_dataset(
     root: str,
     *,
-    shards: int = 4,
-    rows: int = 128,
-    steps: int = 1000,
-    shares: Mapping[str, float] | None = None,
-    max_noise: float = 0.5,
-    bursts: tuple[int, int] = (1, 15),
-    fallen_height: float = 0.6,
-    fallen_steps: int = 100,
-    seed: int = 0,
-    expected_seconds: float = 120.0,
+    shards: Size = 4,
+    rows: Size = 128,
+    steps: Size = 1000,
+    shares: Mapping[str, NonNegative] | None = None,
+    max_noise: NonNegative = 0.5,
+    bursts: tuple[Size, Size] = (1, 15),
+    fallen_height: Number = 0.6,
+    fallen_steps: CountOrZero = 100,
+    seed: Seed = 0,
+    expected_seconds: NonNegative = 120.0,
 ) -> TransitionDataset:
     """Load the data set of these settings from `root`, collecting it first if it is not there.
 

@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from components.checks import check_counts, vector_size
+from components.checks import Count, checked, vector_size
 from components.distributed import rank, world_size
 from datamodules.environment import EnvironmentDataModule, named_rewards
 from datamodules.environments.measured import MeasuredEnv
@@ -22,6 +22,7 @@ _CHUNK = 65536
 _LEARNED_FROM = ("observation", "action", ("next", "observation"), ("next", "terminated"), ("next", "reward"))
 
 
+@checked
 class OfflineDataModule(EnvironmentDataModule):
     """Batches of stored transitions, and evaluation tasks in the environment that they came from.
 
@@ -42,11 +43,10 @@ class OfflineDataModule(EnvironmentDataModule):
         environment: Callable[..., MeasuredEnv] | None,
         protocols: Mapping[str, Mapping[str, Any]],
         *,
-        inference_samples: int = 100_000,
+        inference_samples: Count = 100_000,
         on_device: bool = True,
         **settings: Any,
     ) -> None:
-        check_counts(inference_samples=inference_samples)
         super().__init__(environment, {} if environment is None else protocols, **settings)
         self._make_dataset = dataset
         self.rolls_out = environment is not None

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from components.checks import Number
 from components.files import read_text, visible_files
 from datamodules.stored.arrays import ArrayFile, Hdf5File, NpzFile, to_flags, to_float
 from datamodules.stored.readers import as_dataset, kept_rows
@@ -34,7 +35,7 @@ _ARRAYS = {
 _REQUIRED = ("observations", "actions", "rewards", "terminals")
 _ROUNDING = 1e-5  # by which actions may exceed their bounds
 
-Bounds = Sequence[float | Sequence[float]]
+Bounds = Sequence[Number | Sequence[Number]]
 
 
 def read_own(path: str | Path, action_range: Bounds | None = None) -> TransitionDataset:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from components.checks import Count, checked
 from components.files import check_file
 from datamodules.stored.collect import dataset_folder, making
 from datamodules.stored.own_files import Bounds, own_files, own_metadata, read_own
@@ -18,7 +19,8 @@ _BYTES_PER_SECOND = 100e6  # what reading, converting and writing manages at lea
 _FILES_PER_SECOND = 300  # .npz files, whose decompression is not counted in bytes
 
 
-def exorl_dataset(root: str, folder: str, domain: str, max_episodes: int = 5000) -> TransitionDataset:
+@checked
+def exorl_dataset(root: str, folder: str, domain: str, max_episodes: Count = 5000) -> TransitionDataset:
     """The ExORL episodes in a folder.
 
     Args:
@@ -85,6 +87,7 @@ def d4rl_dataset(root: str, folder: str, name: str) -> TransitionDataset:
     return _kept(root, f"d4rl-{name}", [file], {"version": 2}, lambda: read_d4rl(file))
 
 
+@checked
 def own_dataset(root: str, path: str, action_range: Bounds | None = None) -> TransitionDataset:
     """Data of one's own.
 

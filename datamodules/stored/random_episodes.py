@@ -13,7 +13,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.envs.utils import step_mdp
 
-from components.checks import check_counts
+from components.checks import Count, Share, Size, checked
 from components.distributed import world_size
 from datamodules.environment import EnvironmentDataModule
 from datamodules.environments.measured import MeasuredEnv
@@ -27,6 +27,7 @@ TARGETS = ("sarsa", "monte_carlo")
 _latest: dict[str, tuple[TensorDict, Any]] = {}
 
 
+@checked
 class RandomEpisodesDataModule(EnvironmentDataModule):
     """Batches from episodes of uniformly random actions, some of which are held out; nothing else is ever collected.
 
@@ -50,19 +51,16 @@ class RandomEpisodesDataModule(EnvironmentDataModule):
         self,
         environment: Callable[..., MeasuredEnv],
         *,
-        training_episodes: int = 5,
-        held_out_episodes: int = 1,
+        training_episodes: Size = 5,
+        held_out_episodes: Size = 1,
         targets: str = "sarsa",
-        n_step: int = 3,
-        discount: float = 0.99,
-        scored: int = 125,
+        n_step: Size = 3,
+        discount: Share = 0.99,
+        scored: Count = 125,
         protocols: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
         **settings: Any,
     ) -> None:
         super().__init__(environment, protocols, **settings)
-        check_counts(
-            training_episodes=training_episodes, held_out_episodes=held_out_episodes, n_step=n_step, scored=scored
-        )
         if targets not in TARGETS:
             raise ValueError(f"Unknown targets={targets!r}: expected one of {', '.join(TARGETS)}.")
         self.training_episodes = training_episodes

@@ -88,7 +88,7 @@ class HeldActions(ZeroValueEnvWithPay):
     action_repeat = 2
 
     def __init__(self, *, episode_length: int, **settings) -> None:
-        super().__init__(episode_length=episode_length // 2, **settings)
+        super().__init__(episode_length=-(-episode_length // 2), **settings)
 
     def _step(self, tensordict):
         result = super()._step(tensordict)

@@ -158,9 +158,7 @@ def test_rewards_of_nothing_are_worth_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"updates_per_env_step": 0}, "updates_per_env_step=0: expected more than 0"),
         ({"random_steps": 1}, "random_steps=1: expected at least n_step x num_envs = 2"),
-        ({"num_envs": 0}, "num_envs=0: expected at least 1"),
         ({"evaluate_every": 5}, "evaluate_every=5 is no multiple of updates_per_step=2"),
     ],
 )

@@ -218,10 +218,10 @@ def test_settings_that_failed_are_not_remembered(program, copy):
 
 def test_diverging_run_keeps_its_last_good_checkpoint(program, copy):
     arguments = ["experiment=fb_overdrive", f"ckpt_path={copy}", "module.updates=120"]
-    finished = program(*arguments, "module.discount=1e30")
+    finished = program(*arguments, "module.learning_rate=1e30")
     assert_one_sentence(finished, 1, "train/", "by update", "the last checkpoint was taken before and is intact")
     assert load_checkpoint(copy / CHECKPOINT)["learning_method"]["updates"] == 40
-    sound = program(*arguments, "module.discount=0.9")
+    sound = program(*arguments, "module.learning_rate=1e-3")
     assert sound.code == 0
     assert "resuming after 40 updates" in sound.out
 

@@ -1,10 +1,12 @@
 """Configuration values against what they are given to."""
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 from omegaconf import OmegaConf
 
+from components.checks import Count, Positive, Share, Size, checked
 from launch.values import check_values
 
 if TYPE_CHECKING:
@@ -29,6 +31,18 @@ class Made:
 
 class Open(Annotated):
     def __init__(self, **rest: object) -> None: ...
+
+
+@checked
+class Ranged:
+    def __init__(
+        self,
+        share: Share = 0.5,
+        count: Count | None = None,
+        scale: Positive = 1.0,
+        sizes: Sequence[Size] = (),
+        shares: Mapping[str, Share] | None = None,
+    ) -> None: ...
 
 
 ENVIRONMENT = "datamodules.environments.batched_mujoco.BatchedMujocoEnv"
@@ -62,3 +76,33 @@ def test_what_is_taken_is_not_refused(target, arguments):
 def test_what_is_not_taken_is_named(target, message):
     with pytest.raises(ValueError, match=message):
         check_values(OmegaConf.create({"part": {"_target_": target, "_partial_": True, "zip": 3}}))
+
+
+@pytest.mark.parametrize(
+    ("target", "arguments", "message"),
+    [
+        (f"{__name__}.Ranged", {"share": 2}, r"part.inner.share=2: expected at most 1\."),
+        (f"{__name__}.Ranged", {"share": None}, r"part.inner.share=null: expected a number\."),
+        (f"{__name__}.Ranged", {"count": 0}, r"part.inner.count=0: expected at least 1\."),
+        (f"{__name__}.Ranged", {"count": "two"}, r"part.inner.count=two: expected a whole number or null\."),
+        (f"{__name__}.Ranged", {"sizes": [1, 0]}, r"part.inner.sizes\[1\]=0: expected at least 1\."),
+        (f"{__name__}.Ranged", {"shares": {"a": -1}}, r"part.inner.shares.a=-1: expected at least 0\."),
+        (f"{__name__}.Ranged", {"share": "${protocol.share}"}, r"protocol.share=7: expected at most 1\."),
+        (f"{__name__}.Ranged", {"sizes": "${protocol.sizes}"}, r"protocol.sizes\[0\]=0: expected at least 1\."),
+        ("torch.optim.AdamW", {"lr": float("nan")}, r"part.inner.lr=nan: expected a finite number\."),
+        ("torch.optim.SGD", {"momentum": 1}, r"part.inner.momentum=1: expected less than 1\."),
+        ("lightning.Trainer", {"max_epochs": 0}, r"part.inner.max_epochs=0: expected -1\."),
+        ("lightning.Trainer", {"devices": -2}, r"part.inner.devices=-2: expected at least -1\."),
+        ("lightning.Trainer", {"devices": [0, -1]}, r"part.inner.devices\[1\]=-1: expected at least 0\."),
+    ],
+)
+def test_numbers_out_of_their_range_are_named_by_the_key_that_sets_them(target, arguments, message):
+    part = {"inner": {"_target_": target, "_partial_": True, **arguments}}
+    config = OmegaConf.create({"protocol": {"share": 7, "sizes": [0]}, "part": part})
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        check_values(config)
+
+
+def test_what_is_built_for_a_number_is_no_number_yet():
+    scale = {"_target_": "components.control.weighting.sqrt_scaled", "beta": 1.0, "features": 4}
+    check_values(OmegaConf.create({"part": {"_target_": f"{__name__}.Ranged", "scale": scale}}))

@@ -164,8 +164,7 @@ def test_compiled_updates_are_the_eager_ones():
     [
         ({"updates": 11}, "updates=11: expected the sum of task_updates, 10"),
         ({"pairs": "x"}, "Unknown pairs='x'"),
-        ({"temperature": 0.0}, "temperature=0.0: expected more than 0"),
-        ({"information_back": -1.0}, "information_back=-1.0: expected 0 or more"),
+        ({"std": [0.2, 0.3]}, r"std=\[0.2, 0.3\]: expected a number for each of 1 channels"),
     ],
 )
 def test_settings_that_make_no_sense_are_named(settings, message):

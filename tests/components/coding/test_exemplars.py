@@ -223,15 +223,8 @@ def test_jpeg_of_another_quality_is_refused():
         ExemplarMemory(stores[1], None).load(memory.file, 1, "a file")
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"format": "png", "quality": 3}, "Unknown format='png'"),
-        ({"format": "jpeg", "quality": 101}, "quality=101: expected from 0 to 100"),
-    ],
-)
-def test_settings_that_make_no_sense_are_named(settings, message):
-    with pytest.raises(ValueError, match=message):
-        PillowStore((1, 8, 8), **settings)
+def test_settings_that_make_no_sense_are_named():
+    with pytest.raises(ValueError, match="Unknown format='png'"):
+        PillowStore((1, 8, 8), "png", 3)
     with pytest.raises(ValueError, match="bytes_per_class=-1"):
         ExemplarMemory(RawStore((1, 8, 8)), -1)

@@ -53,11 +53,6 @@ def test_policy_module_shares_the_actor():
     assert not policy(torch.randn(5, 3)).requires_grad
 
 
-def test_no_temperature_is_no_temperature_of_zero():
-    with pytest.raises(ValueError, match="initial=0: expected a temperature above 0"):
-        EntropyTemperature(2, initial=0)
-
-
 def test_temperature_falls_when_entropy_is_above_its_target():
     temperature = EntropyTemperature(2, initial=0.5, target_entropy=None)
     assert temperature().item() == pytest.approx(0.5)

@@ -155,9 +155,8 @@ def test_untied_actor_keeps_its_own_pessimism():
     [
         (lambda: MinimumPessimism("mean"), "Unknown actor='mean': expected min or first"),
         (lambda: FixedPessimism(uncertainty="iqr"), "Unknown uncertainty='iqr': expected one of pairwise, std"),
-        (lambda: DualPessimism(shift=0.5), "shift=0.5: expected a number up to 0"),
-        (lambda: DualPessimism(shift=-0.5, actor_beta=0.5), "none beside a fixed actor_beta"),
-        (lambda: SubsetMinimumPessimism(0), "subset=0: expected at least 1"),
+        (lambda: DualPessimism(shift=-0.5, actor_beta=0.5), "shift=-0.5: expected 0 beside a fixed actor_beta"),
+        (lambda: DualPessimism(sign=0), "sign=0: expected 1 or -1"),
     ],
 )
 def test_wrong_settings_are_named(make, message):

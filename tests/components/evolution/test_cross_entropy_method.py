@@ -76,11 +76,9 @@ def test_a_search_goes_on_from_its_state():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"population": 0}, "population=0: expected at least 1"),
         ({"low": 1.0}, "low=1.0, high=1.0"),
         ({"start": 2.0}, "start=2.0: expected a number from 0.0 to 1.0"),
         ({"elite_share": 0.01}, "elite_share=0.01: expected at least two of the 32 points"),
-        ({"memory": 1.0}, "memory=1.0: expected at least 0 and below 1"),
     ],
 )
 def test_settings_that_make_no_sense_are_named(settings, message):

@@ -244,7 +244,6 @@ def test_any_module_with_linear_layers_learns_by_its_singular_values(kind):
         (lambda: SingularValueAdapter(tiny(), modules=["x"]), "expected linear layers of such names"),
         (lambda: SingularValueAdapter(tiny(), rescale="none"), "rescale=none: expected parametrization=direct"),
         (lambda: LowRankAdapter(tiny(), kind="x"), "Unknown kind='x'"),
-        (lambda: LowRankAdapter(tiny(), rank=0), "rank=0: expected at least 1"),
     ],
 )
 def test_settings_that_make_no_sense_are_named(make, message):

@@ -133,10 +133,7 @@ def test_encoder_in_half_precision_and_compiled_scores_in_float32():
             lambda: PixelEncoder((9, 18, 18), mixing=SignalMixing),  # maps of two rows have no roughness to measure
             r"observation_shape=\[9, 18, 18\]: expected at least 19 pixels a side",
         ),
-        (lambda: PixelEncoder((9, 20, 20), strides=[]), r"strides=\[\]: expected one of 1 or more for each conv"),
-        (lambda: PixelEncoder((9, 20, 20), strides=[0, 1]), r"strides=\[0, 1\]: expected one of 1 or more for each"),
-        (lambda: PixelEncoder((9, 20, 20), channels=0), "channels=0: expected at least 1"),
-        (lambda: RandomShift(-1), "pad=-1: expected 0 or more pixels for the random shift"),
+        (lambda: PixelEncoder((9, 20, 20), strides=[]), r"strides=\[\]: expected one for each convolution"),
     ],
 )
 def test_settings_that_make_no_sense_are_named(make, message):

@@ -225,9 +225,7 @@ def test_simulation_that_breaks_down_is_truncated_where_it_was_sound(name, capfd
         (("cheetah", "walk"), {}, "environment cheetah/walk: expected task to be one of run"),
         (("cheeta", "run"), {}, "environment cheeta/run: expected domain to be one of .*cheetah"),
         (("manipulation", "reach"), {}, "expected task to be one of .*reach_duplo"),
-        (("cheetah", "run"), {"size": 0}, "size=0: expected at least 1"),
-        (("cheetah", "run"), {"episode_length": 0}, "episode_length=0: expected at least 1"),
-        (("cheetah", "run"), {"render_workers": -1}, "render_workers=-1: expected at least 1"),
+        (("cheetah", "run"), {"size": 2049, "supersampling": 2}, "size=2049, supersampling=2: expected to draw at"),
         (("lqr", "lqr_2_1"), {}, "environment lqr/lqr_2_1: expected domain to be one of acrobot"),
     ],
 )

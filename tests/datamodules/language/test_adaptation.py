@@ -126,10 +126,8 @@ def test_answers_and_kinds_are_scored(language_folder):
 
 
 def test_settings_that_make_no_sense_are_named(language_folder):
-    with pytest.raises(ValueError, match="in_context=7: expected from 0 to shots=6"):
+    with pytest.raises(ValueError, match="in_context=7: expected at most shots=6"):
         made(language_folder, in_context=7)
-    with pytest.raises(ValueError, match="shots=0: expected at least 1"):
-        made(language_folder, shots=0)
     with pytest.raises(ValueError, match="shots=5000: expected at most the"):
         made(language_folder, shots=5000).drawn(0)
     with pytest.raises(ValueError, match=r"kinds\.lastnum=None: expected one of the categories arithmetic, list"):

@@ -206,7 +206,6 @@ def test_evaluation_asks_what_was_not_learned_from(folder):
     ("settings", "message"),
     [
         ({"completions": "x"}, "Unknown completions='x': expected one of sampled, reference"),
-        ({"most_tokens": 0}, "most_tokens=0: expected at least 1"),
         ({"batch_size": 5000}, "batch_size=5000: expected at most the"),
     ],
 )

@@ -47,12 +47,6 @@ def test_a_reward_that_says_nothing_is_refused():
         module.samples(("x", "x > 30"))
 
 
-@pytest.mark.parametrize("name", ["batch_size", "updates_per_step", "evaluate_every", "episodes", "inference_samples"])
-def test_counts_start_at_one(name):
-    with pytest.raises(ValueError, match=f"{name}=0: expected at least 1"):
-        datamodule(**{name: 0})
-
-
 def test_evaluations_come_after_whole_steps():
     with pytest.raises(ValueError, match="evaluate_every=5 is no multiple of updates_per_step=2"):
         datamodule(evaluate_every=5)
