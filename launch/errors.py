@@ -32,6 +32,7 @@ MOST_CHARACTERS = 300  # of what others say at length
 TECHNICAL = re.compile(r"(object|reference)_type=|full_key")
 KEY = re.compile(r"full_key: (\S+)")
 RESOLVING = re.compile(r"\w+ raised while resolving interpolation: ")
+OUT_OF_MEMORY = re.compile(r"(tried|unable) to allocate [\d.]+ \w+", re.IGNORECASE)
 
 
 class Stopped(BaseException):
@@ -158,6 +159,8 @@ def _report(error: BaseException) -> tuple[int, str] | None:
         return 1, f"{_one_line(error)}."
     if isinstance(error, ModuleNotFoundError):
         return 1, f"{_one_line(error)}: {missing_package(error)}."
+    if isinstance(error, MemoryError | RuntimeError) and (asked := OUT_OF_MEMORY.search(str(error))):
+        return 1, f"Out of memory ({asked[0]}): smaller networks, batches or numbers of environments take less."
     if isinstance(error, OSError) and error.errno is not None:
         where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
         return 1, f"{where}expected to read or write it, found: {error.strerror}."

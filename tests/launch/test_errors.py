@@ -1,18 +1,21 @@
 """Bad input gets one sentence and an exit code, and nothing that was there is lost."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import traceback
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 
 from launch.checkpoints import AtomicCheckpointIO, load_checkpoint
+from launch.errors import _report
 from launch.files import write_json
 from launch.runs import locked
 from launch.study import Run, _check_finished
@@ -232,6 +235,17 @@ def test_traceback_is_shown_when_asked_for(program, one_arm, tmp_path, monkeypat
         program(*one_arm, f"output_root={tmp_path}", "module.updates=122")
     assert isinstance(raised.value.__cause__, ValueError)
     assert "launch.errors._Escaped" not in "".join(traceback.format_exception(raised.value))
+
+
+@pytest.mark.parametrize("allocate", [torch.empty, np.empty])
+def test_memory_that_is_not_there_is_one_sentence(allocate):
+    with pytest.raises((MemoryError, RuntimeError)) as raised:
+        allocate(2**57)
+    code, sentence = _report(raised.value)
+    assert code == 1
+    assert re.fullmatch(
+        r"Out of memory \(([Tt]ried|Unable) to allocate [\d.]+ \w+\): smaller networks, .* take less\.", sentence
+    )
 
 
 def test_two_programs_are_not_at_one_run(program, half):
