@@ -19,7 +19,7 @@ from callbacks.results import Films, Results, RewardCurves
 from launch.errors import CommandLineError, run_reporting_errors
 from launch.files import write_json
 from launch.recipes import find_checkpoint, find_checkpoints, rebuild, study_of
-from launch.report import metrics_table
+from launch.report import write_evaluation
 from launch.runs import new_folder
 from launch.study import quieten
 
@@ -100,7 +100,7 @@ def main() -> None:
     )
     trainer.test(module, datamodule=datamodule, verbose=False)
     write_json(folder / "evaluation.json", {**given, "ckpt_path": str(path)})
-    print(metrics_table(folder / "results.json"))
+    print(write_evaluation(f"{recipe['experiment']} after {module.updates} updates", folder))
     print(folder)
 
 

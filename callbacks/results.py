@@ -13,23 +13,26 @@ from lightning.pytorch.utilities import rank_zero_only
 from components.checks import Positive, Range, Size, checked
 from components.files import replacing
 from launch.files import write_json
+from launch.provenance import code, provenance
 
 
 class Results(L.Callback):
     """Writes the scores of the final evaluation to `folder/results.json`: every metric's values, one for each episode.
 
-    The file marks a run as finished, and says what it was composed of.
+    The file marks a run as finished, and says what it was composed of, and with what on which machine.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        code()  # as it is now that the run begins
 
     @rank_zero_only
     def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         if stage != "test" or not module.scores:  # after pictures and films, which others make when the test ends
             return
         results = {"updates": module.updates, "seconds": round(module.elapsed(), 1), "metrics": module.scores}
-        write_json(self.folder / "results.json", {**results, "recipe": module.recipe})
+        gpus = trainer.device_ids if trainer.strategy.root_device.type == "cuda" else []
+        write_json(self.folder / "results.json", {**results, "recipe": module.recipe, "provenance": provenance(gpus)})
 
 
 class RewardCurves(L.Callback):

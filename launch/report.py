@@ -1,95 +1,159 @@
-"""The report of an experiment: results.json, a table in report.md, and learning curves."""
+"""The report of an experiment: results.json, tables in report.md, and learning curves."""
 
-import csv
 import json
 import math
-import shlex
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from omegaconf import DictConfig
 
-from components.files import replacing
+from launch.curves import draw_curves
 from launch.files import write_json, write_text
+from launch.overrides import override_key, train_command
+from launch.statistics import LEVEL, RESAMPLES, bootstrap_interval, interquartile_mean
 
 REFERENCES = "references.json"
 COMPLETIONS = "completions.json"
 PICTURES = {
+    "rewards.png": "Reward at every step of the episodes of {}, mean and range",
     "films/contact_sheet.png": "Films of {}, moments of the first episode",
     "reconstructions.png": "What {} keeps of images",
     "confusion.png": "What {} takes questions for, a row for each family and its kind",
     "feature_gradients.png": "What the critics' loss asks of the feature maps of {}, each on a scale of its own",
 }
+# The first words of overrides that change nothing which the notes or, but for the last ones, the duration speak of.
+WHERE = ("experiment", "seed", "output_root", "data_root", "ckpt_path", "logger", "hydra")
+HOW_LONG = ("num_seeds", "threads", "trainer", "callbacks", "checkpoint_every")
 
 
-def write_report(config: DictConfig, overrides: Sequence[str], runs: Sequence[Any], folder: Path) -> None:
+def write_report(
+    config: DictConfig, overrides: Sequence[str], runs: Sequence[Any], folder: Path, remarks: Sequence[str] = ()
+) -> None:
     """Summarise the runs of an experiment, which `overrides` composed, in its folder.
 
-    A metric's mean, standard error and count are over seeds, each seed being the mean of its episodes; with one seed
-    they are over its episodes.
+    Statistics are over seeds, each seed being the mean of its episodes; with one seed they are over its episodes, as
+    those of references always are, and `over` says so.
+
+    Args:
+        remarks: what is to be said of these very runs, beside the experiment's notes.
     """
     results = {run: json.loads(run.results.read_text()) for run in runs}
-    arms: dict[str, dict[str, dict[str, float]]] = {}
-    for arm in dict.fromkeys(run.arm for run in runs):
-        seeds = [results[run]["metrics"] for run in runs if run.arm == arm]
-        metrics = dict.fromkeys(metric for seed in seeds for metric in seed)
-        arms[arm] = {metric: _summary([seed[metric] for seed in seeds if metric in seed]) for metric in metrics}
+    seeds = sorted({run.seed for run in runs})
+    found: dict[str, dict[str, dict[int, list[float]]]] = {run.arm: {} for run in runs}  # by arm, metric and seed
+    for run, result in results.items():
+        for metric, values in result["metrics"].items():
+            found[run.arm].setdefault(metric, {})[run.seed] = values
+    arms = {
+        arm: {metric: _of_runs(by_seed, len(seeds)) for metric, by_seed in metrics.items()}
+        for arm, metrics in found.items()
+    }
+    aggregate = {arm: one for arm, metrics in arms.items() if (one := _aggregate(metrics, config.aggregate))}
     if (folder / REFERENCES).exists():
         for arm, metrics in json.loads((folder / REFERENCES).read_text()).items():
-            arms[arm] = {metric: _summary([values]) for metric, values in metrics.items()}
+            arms[arm] = {metric: _spread(values, "episodes") for metric, values in metrics.items()}
     summary = {
         "experiment": config.name,
-        "seeds": sorted({run.seed for run in runs}),
+        "seeds": seeds,
         "seconds": round(sum(result["seconds"] for result in results.values()), 1),
         "arms": arms,
+        "aggregate": aggregate,
+        "provenance": _made_by(results),
     }
     write_json(folder / "results.json", summary)
-    curves = _plot_curves(config, runs, arms, folder)
-    write_text(folder / "report.md", _markdown(config, overrides, summary, runs, curves, folder))
+    curves = draw_curves(config, runs, arms, folder)
+    write_text(folder / "report.md", _markdown(config, overrides, remarks, summary, results, curves, folder))
 
 
-def metrics_table(path: Path) -> str:
-    """The metrics of one evaluated run (its results.json) as a table."""
-    metrics = json.loads(path.read_text())["metrics"]
-    lines = ["| metric | mean | episodes |", "|---|---:|---:|"]
-    for name, values in metrics.items():
-        summary = _summary([values])
-        lines.append(f"| {name} | {_cell(summary)} | {summary['n']} |")
-    return "\n".join(lines)
+def write_evaluation(title: str, folder: Path) -> str:
+    """The report of one evaluated checkpoint in its folder, beside its results.json; returns the table in it."""
+    result = json.loads((folder / "results.json").read_text())
+    table = ["| metric | mean | episodes |", "|---|---:|---:|"]
+    for name, values in result["metrics"].items():
+        spread = _spread(values, "episodes")
+        table.append(f"| {name} | {_cell(spread)} | {spread['n']} |")
+    lines = [f"# {title}", "", "Mean ± standard error over episodes.", "", *table, ""]
+    for name in ("rewards.png", "contact_sheet.png"):
+        if (folder / name).exists():
+            lines += [f"![{Path(name).stem.replace('_', ' ')}]({name})", ""]
+    lines += _provenance([result["provenance"]])
+    write_text(folder / "report.md", "\n".join(lines))
+    return "\n".join(table)
 
 
-def _summary(seeds: Sequence[Sequence[float]]) -> dict[str, float]:
-    values = [sum(seed) / len(seed) for seed in seeds] if len(seeds) > 1 else list(seeds[0])
-    mean = sum(values) / len(values)
-    variance = sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
-    return {"mean": mean, "stderr": math.sqrt(variance / len(values)), "n": len(values)}
+def departures(overrides: Sequence[str], neutral: Collection[str]) -> list[str]:
+    """Those overrides whose first word is none of the neutral ones: where a run departs from the experiment."""
+    return [override for override in overrides if re.split(r"[./@]", override_key(override))[0] not in neutral]
+
+
+def _of_runs(by_seed: Mapping[int, Sequence[float]], seeds: int) -> dict[str, Any]:
+    """A metric of an arm, from its values of each seed; the seeds of the study may be more than those that have it."""
+    means = {str(seed): sum(values) / len(values) for seed, values in sorted(by_seed.items())}
+    if seeds == 1:
+        return {**_spread(*by_seed.values(), "episodes"), "by_seed": means}
+    return {**_spread(list(means.values()), "seeds"), "by_seed": means, **_interquartile([*zip(means.values())])}
+
+
+def _spread(values: Sequence[float], over: str) -> dict[str, Any]:
+    count = len(values)
+    mean = sum(values) / count
+    squares = sum((value - mean) ** 2 for value in values)
+    stderr = math.sqrt(squares / (count - 1) / count) if count > 1 else None  # one value does not tell
+    return {"mean": mean, "stderr": stderr, "n": count, "over": over}
+
+
+def _interquartile(scores: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Of scores [seeds, tasks]; other seeds than one can't be told of."""
+    interval = list(bootstrap_interval(scores)) if len(scores) > 1 else None
+    return {"iqm": float(interquartile_mean(np.ravel(scores))), "interval": interval}
+
+
+def _aggregate(metrics: Mapping[str, Mapping[str, Any]], pattern: str | None) -> dict[str, Any] | None:
+    """Scores of an arm on several tasks, `metrics` that match the pattern, in one number; None if they are not several.
+
+    Seeds that lack a task are left out.
+    """
+    tasks = [metric for metric in metrics if pattern is not None and fnmatch(metric, str(pattern))]
+    if len(tasks) < 2:
+        return None
+    seeds = set.intersection(*(set(metrics[task]["by_seed"]) for task in tasks))
+    scores = [[metrics[task]["by_seed"][seed] for task in tasks] for seed in sorted(seeds, key=int)]
+    return {"tasks": tasks, "n": len(scores), **_interquartile(scores)} if scores else None
+
+
+def _made_by(results: Mapping[Any, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What made the results: once for all runs, or several with the runs of each."""
+    runs: dict[str, list[str]] = {}
+    for run, result in results.items():
+        if "provenance" in result:  # a former version did not write it
+            runs.setdefault(json.dumps(result["provenance"]), []).append(f"{run.arm}/seed_{run.seed}")
+    return [{**json.loads(made), "runs": names} for made, names in runs.items()]
 
 
 def _markdown(
     config: DictConfig,
     overrides: Sequence[str],
+    remarks: Sequence[str],
     summary: Mapping[str, Any],
-    runs: Sequence[Any],
+    results: Mapping[Any, Mapping[str, Any]],
     curves: Sequence[str],
     folder: Path,
 ) -> str:
-    arms = summary["arms"]
-    metrics = list(dict.fromkeys(metric for arm in arms.values() for metric in arm))
-    several = len(summary["seeds"]) > 1
-    command = shlex.join(["python", "train.py", *overrides])
-    lines = [f"# {config.name}", "", config.summary, "", "```bash", command, "```", ""]
-    lines += [f"Seeds {summary['seeds']}; mean ± standard error over {'seeds' if several else 'episodes'}.", ""]
-    lines += [f"| | {' | '.join(arms)} |", f"|---|{'---:|' * len(arms)}"]
-    for metric in metrics:
-        cells = [_cell(arm.get(metric), len(summary["seeds"])) for arm in arms.values()]
-        lines.append(f"| {metric.removesuffix('/return')} | {' | '.join(cells)} |")
-    lines.append("")
-    for note in config.notes:
-        lines += [note, ""]
-    lines += [f"Training and evaluation took {_times(runs)}.", ""]
+    arms, seeds, runs = summary["arms"], summary["seeds"], list(results)
+    lines = [f"# {config.name}", "", config.summary, "", "```bash", train_command(*overrides), "```", ""]
+    lines += [f"Seeds {seeds}; mean ± standard error over {_over(arms, seeds)}.", ""]
+    lines += _table(arms, lambda value: _cell(value, len(seeds)))
+    for remark in [*_notes(config.notes, overrides), *remarks]:
+        lines += [remark, ""]
+    lines += _intervals(summary)
+    lines += [f"Training and evaluation took {_times(results)}.", ""]
     for name in curves:
         lines += [f"![learning curves]({name})", ""]
+    if curves and len(seeds) > 1:
+        lines += ["Curves are means over seeds, bands a standard error to either side.", ""]
     lines += _completions(runs)
     for name, what in PICTURES.items():
         for run in runs:
@@ -97,18 +161,103 @@ def _markdown(
             if picture.exists():
                 lines += [f"{what.format(f'{run.arm}, seed {run.seed}')}:", ""]
                 lines += [f"![{picture.stem} of {run.arm}, seed {run.seed}]({picture.relative_to(folder)})", ""]
-    return "\n".join(lines)
+    if len(seeds) > 1:
+        lines += [f"Each seed, {' / '.join(map(str, seeds))}:", ""]
+        lines += _table(_trained(arms), lambda value: _each_seed(value, seeds))
+    return "\n".join([*lines, *_provenance(summary["provenance"])])
 
 
-def _cell(value: Mapping[str, float] | None, seeds: int = 1) -> str:
-    if value is None:
-        return "-"
-    if value["n"] < seeds:  # some had no such number
-        return f"{_cell(value)} (n={value['n']})"
-    digits = 0 if abs(value["mean"]) >= 100 else 1 if abs(value["mean"]) >= 10 else 2 if abs(value["mean"]) >= 1 else 3
-    if value["n"] == 1:
-        return f"{value['mean']:.{digits}f}"
-    return f"{value['mean']:.{digits}f} ± {value['stderr']:.{digits}f}"
+def _over(arms: Mapping[str, Any], seeds: Sequence[int]) -> str:
+    if len(seeds) == 1:
+        return "episodes"
+    without = "; (episodes): over those, for want of seeds" * (len(_trained(arms)) < len(arms))
+    return f"seeds, each being the mean of its episodes{without}"
+
+
+def _trained(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Arms that are no references."""
+    return {arm: metrics for arm, metrics in arms.items() if all("by_seed" in value for value in metrics.values())}
+
+
+def _notes(notes: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    changed = [f"`{override}`" for override in departures(overrides, (*WHERE, *HOW_LONG))]
+    if not notes or not changed:
+        return list(notes)
+    return [f"The experiment's notes, written for its own settings and not for {', '.join(changed)}:", *notes]
+
+
+def _table(arms: Mapping[str, Mapping[str, Any]], cell: Callable[[Mapping[str, Any]], str]) -> list[str]:
+    """Metrics by arms, and an empty line."""
+    lines = [f"| | {' | '.join(arms)} |", f"|---|{'---:|' * len(arms)}"]
+    for metric in dict.fromkeys(metric for metrics in arms.values() for metric in metrics):
+        cells = [cell(metrics[metric]) if metric in metrics else "-" for metrics in arms.values()]
+        lines.append(f"| {metric.removesuffix('/return')} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _cell(value: Mapping[str, Any], seeds: int = 1) -> str:
+    digits = _digits(value["mean"])
+    text = f"{value['mean']:.{digits}f}"
+    if value["stderr"] is not None:
+        text += f" ± {value['stderr']:.{digits}f}"
+        text += " (episodes)" * (seeds > 1 and value["over"] == "episodes")
+    some = value["over"] == "seeds" and value["n"] < seeds  # the others had no such number
+    return f"{text} (n={value['n']})" if some else text
+
+
+def _digits(size: float) -> int:
+    return 0 if abs(size) >= 100 else 1 if abs(size) >= 10 else 2 if abs(size) >= 1 else 3
+
+
+def _each_seed(value: Mapping[str, Any], seeds: Sequence[int]) -> str:
+    means, digits = value["by_seed"], _digits(value["mean"])
+    return " / ".join(f"{means[str(seed)]:.{digits}f}" if str(seed) in means else "-" for seed in seeds)
+
+
+def _intervals(summary: Mapping[str, Any]) -> list[str]:
+    """Interquartile means of all tasks together, and of every metric over seeds, where there are several."""
+    several = len(summary["seeds"]) > 1
+    rows = {
+        arm: {f"{len(found['tasks'])} tasks together": found for found in [summary["aggregate"].get(arm)] if found}
+        | (metrics if several else {})
+        for arm, metrics in _trained(summary["arms"]).items()
+    }
+    if not any(rows.values()):
+        return []
+    over = " and ".join(["seeds"] * several + ["tasks"] * bool(summary["aggregate"]))
+    interval = f" [{100 * LEVEL:.0f} % interval, by a stratified bootstrap of {RESAMPLES:,} resamples]" * several
+    few = "; of few seeds it is too narrow (docs/reports.md)" * (1 < len(summary["seeds"]) < 5)
+    return [f"Interquartile mean over {over}{interval}{few}:", "", *_table(rows, _interval)]
+
+
+def _interval(value: Mapping[str, Any]) -> str:
+    digits = _digits(value["iqm"])
+    ends = "" if value["interval"] is None else " [{:.{d}f}, {:.{d}f}]".format(*value["interval"], d=digits)
+    return f"{value['iqm']:.{digits}f}{ends}"
+
+
+def _times(results: Mapping[Any, Mapping[str, Any]]) -> str:
+    seconds: dict[tuple[str, int], list[str]] = {}
+    for run, result in results.items():
+        seconds.setdefault((run.arm, result["updates"]), []).append(f"{result['seconds']:.0f}")
+    return "; ".join(f"{arm} {', '.join(each)} s ({updates:,} updates)" for (arm, updates), each in seconds.items())
+
+
+def _provenance(made: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A paragraph for each entry."""
+    lines = []
+    for each in made:
+        hardware = each["hardware"]
+        code = each["code"].removesuffix("+") + ", with uncommitted changes" * each["code"].endswith("+")
+        versions = ", ".join(f"{name} {version}" for name, version in each["versions"].items())
+        devices = ", ".join([f"{hardware['cores']} cores of {hardware['cpu']}", *hardware["gpus"]])
+        whose = f" ({', '.join(each['runs'])})" if len(made) > 1 else ""
+        lines += [
+            f"Made{whose} by tenfold {code}; {versions}; on {devices}, {hardware['memory_gb']:.0f} GB of memory, "
+            f"{hardware['threads']} threads.",
+            "",
+        ]
+    return lines
 
 
 def _completions(runs: Sequence[Any]) -> list[str]:
@@ -130,102 +279,3 @@ def _completions(runs: Sequence[Any]) -> list[str]:
 def _in_cell(text: str) -> str:
     """As it fits into a table."""
     return " ".join(text.split()).replace("|", "\\|")
-
-
-def _times(runs: Sequence[Any]) -> str:
-    parts = []
-    for run in runs:
-        result = json.loads(run.results.read_text())
-        parts.append(f"{result['seconds']:.0f} s for {result['updates']} updates ({run.arm}, seed {run.seed})")
-    return "; ".join(parts)
-
-
-def _plot_curves(
-    config: DictConfig, runs: Sequence[Any], arms: Mapping[str, Mapping[str, Any]], folder: Path
-) -> list[str]:
-    """Pictures of every metric against environment steps, or updates where none are taken.
-
-    Beside what was evaluated come the training metrics that `config.training_curves` names.
-
-    Where the metric that `config.curves_against` names was recorded, the others are drawn against it, in a picture of
-    their own that comes first. No pictures if nothing was evaluated.
-    """
-    curves: dict[str, _Curves] = {}  # by what they are drawn against
-    for run in runs:
-        evaluated, learned = (_records(run.folder / f"{kind}.csv") for kind in ("eval", "train"))
-        clocks = ("updates", "env_steps", "seconds", config.curves_against)
-        columns = [(evaluated, name, name) for name in (evaluated[0] if evaluated else ()) if name not in clocks]
-        columns += [
-            (learned, name, f"train/{name}") for name in config.training_curves if learned and name in learned[0]
-        ]
-        for rows, column, metric in columns:
-            clock = "env_steps" if int(rows[-1]["env_steps"]) else "updates"
-            clock = config.curves_against if config.curves_against in rows[0] else clock
-            points = [(float(row[clock]), float(row[column])) for row in rows if row[column]]
-            by_arm = curves.setdefault(clock, {}).setdefault(metric, {})
-            by_arm.setdefault(run.arm, []).append(tuple(map(list, zip(*points))))
-    trained = list(dict.fromkeys(run.arm for run in runs))
-    names = []
-    for clock in sorted(curves, key=lambda clock: clock != config.curves_against):
-        names.append(f"learning_curves{f'_{len(names) + 1}' * bool(names)}.png")
-        _plot(curves[clock], clock.split("/")[-1].replace("env_", "environment "), trained, arms, folder / names[-1])
-    return names
-
-
-def _records(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-_Curves = dict[str, dict[str, list[tuple[list[float], list[float]]]]]  # of a metric and an arm, each seed's points
-
-
-def _plot(
-    curves: _Curves, clock: str, trained: Sequence[str], arms: Mapping[str, Mapping[str, Any]], path: Path
-) -> None:
-    """One picture, all arms and references in each of its panels.
-
-    Many arms get larger panels, with their seeds behind their mean.
-    """
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    crowded = max(len(by_arm) for by_arm in curves.values()) > 6
-    columns, scale = (min(3, len(curves)), 1.5) if crowded else (min(4, len(curves)), 1.0)
-    scale = 2.4 if crowded and len(curves) == 1 else scale
-    rows_count = math.ceil(len(curves) / columns)
-    figure = Figure(figsize=(scale * 3.4 * columns, scale * 2.7 * rows_count), layout="constrained")
-    axes = figure.subplots(rows_count, columns, squeeze=False).flatten()
-    colours = colormaps["tab20" if len(trained) > 10 else "tab10"].colors
-    for axis, (metric, by_arm) in zip(axes, curves.items()):
-        for arm, lines in by_arm.items():
-            colour = colours[trained.index(arm) % len(colours)]
-            several = crowded and len(lines) > 1
-            for index, (instants, values) in enumerate(lines):
-                look = {"alpha": 0.2} if several else {"alpha": 0.9, "marker": "."}
-                axis.plot(instants, values, color=colour, label=arm if index == 0 and not several else None, **look)
-            if several:
-                shared = sorted(set.intersection(*(set(instants) for instants, _ in lines)))
-                means = [sum(dict(zip(*line))[instant] for line in lines) / len(lines) for instant in shared]
-                axis.plot(shared, means, color=colour, marker=".", label=arm)
-        still = [(arm, metrics) for arm, metrics in arms.items() if arm not in by_arm and metric in metrics]
-        for index, (arm, metrics) in enumerate(still):
-            axis.axhline(metrics[metric]["mean"], color="0.4", linestyle=("--", ":", "-.")[index % 3], label=arm)
-        axis.set_title(metric.removesuffix("/return"), fontsize=9)
-        if metric.endswith("/return"):
-            axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
-        axis.grid(alpha=0.3)
-        axis.tick_params(labelsize=7)
-        axis.set_xlabel(clock, fontsize=7)
-    for axis in axes[len(curves) :]:
-        axis.set_axis_off()
-    entries = {}
-    for axis in axes:  # not every arm has every metric
-        entries |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels())}
-    labels = list(entries)
-    fitting = max(2, int(figure.get_figwidth() / 2))
-    figure.legend(entries.values(), labels, loc="outside lower center", ncols=min(fitting, len(labels)), fontsize=8)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)

@@ -29,7 +29,7 @@ from launch.errors import CommandLineError, Stopped
 from launch.files import write_json
 from launch.overrides import SEARCH_PATH, given_value, override_key, quoted, train_command
 from launch.recipes import only_checkpoint
-from launch.report import REFERENCES, write_report
+from launch.report import REFERENCES, WHERE, departures, write_report
 from launch.runs import LOCK, RUN_FILE, check_folder_name, locked, merged, write_overrides
 from launch.values import check_types, check_values, one_of
 
@@ -41,6 +41,7 @@ TOP_LEVEL = {
     "training_curves": list[str],
     "curves_against": str | None,
     "objective": str | None,
+    "aggregate": str | None,
     "seed": int,
     "num_seeds": Size,
     "threads": Size | None,
@@ -379,9 +380,10 @@ def announce(config: DictConfig, overrides: list[str], runs: list[Run], pending:
     """One line on what is about to happen and how long it should take, and one on what makes arms less different."""
     arms, seeds = len({run.arm for run in runs}), len({run.seed for run in runs})
     done = f", {len(runs) - len(pending)} of {len(runs)} runs done already" if len(pending) < len(runs) else ""
+    as_known = " with its own settings" if departures(overrides, WHERE) else ""
     _say(
         f"{config.name}: {config.summary} {arms} arm{'s' * (arms > 1)}, {seeds} seed{'s' * (seeds > 1)}{done}; "
-        f"{config.duration}."
+        f"{config.duration}{as_known}."
     )
     for sentence in _replaced(config, overrides):
         _say(sentence)
@@ -401,7 +403,6 @@ def _replaced(config: DictConfig, overrides: list[str]) -> list[str]:
 @rank_zero_only
 def _finish(config: DictConfig, overrides: list[str], runs: list[Run], folder: Path) -> None:
     kept = _kept(overrides)
-    config.notes = [*config.notes, *_replaced(config, kept)]
-    write_report(config, kept, runs, folder)
+    write_report(config, kept, runs, folder, _replaced(config, kept))
     print((folder / "report.md").read_text())
     print(folder)

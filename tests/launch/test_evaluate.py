@@ -37,7 +37,7 @@ def test_scores_draws_and_films_a_checkpoint(run_folder):
     assert (code, err) == (0, "")
     folder = Path(out.strip().splitlines()[-1])
     written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert {"results.json", "rewards.png", "contact_sheet.png", "goals_centre.mp4"} <= written
+    assert {"results.json", "report.md", "rewards.png", "contact_sheet.png", "goals_centre.mp4"} <= written
     metrics = json.loads((folder / "results.json").read_text())["metrics"]
     assert len(metrics["goals/score"]) == 3
     # The run's own final evaluation met the same starts and inferred its tasks from the same samples.

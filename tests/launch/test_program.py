@@ -42,6 +42,8 @@ def test_arms_that_are_null_are_left_out_and_what_overrides_arms_is_said(program
     assert finished.code == 0, finished.err
     assert f"{override} holds for all arms, also for fb_aw_narrow, which had their own." in finished.out
     assert finished.out.count("holds for all arms") == 2  # at once, and in the report
+    assert "about 4 minutes on two cores with its own settings." in finished.out
+    assert "The experiment's notes, written for its own settings and not for `" in finished.out
     assert [path.name for path in finished.folder.iterdir() if path.is_dir()] == ["fb_aw_narrow"]
     command = (finished.folder / "report.md").read_text().split("```bash\n")[1].split("\n```")[0]
     assert command.startswith("python train.py experiment=fb_overdrive ")

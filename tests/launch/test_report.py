@@ -1,110 +1,188 @@
-"""The report over the runs of an experiment."""
+"""The report over the runs of an experiment, and over one evaluation."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from matplotlib.axes import Axes
+import pytest
 from omegaconf import OmegaConf
 
 from launch.files import write_json
-from launch.report import write_report
+from launch.report import HOW_LONG, WHERE, departures, write_evaluation, write_report
+from launch.statistics import bootstrap_interval
 from launch.study import Run
 
+MADE = {
+    "code": "abc+",
+    "versions": {"python": "3.11", "torch": "2.15"},
+    "hardware": {"cpu": "Chip", "cores": 2, "threads": 1, "memory_gb": 8.0, "gpus": ["Card"]},
+}
+CONFIG = {
+    "name": "name",
+    "summary": "A summary.",
+    "notes": [],
+    "curves_against": None,
+    "training_curves": [],
+    "aggregate": "*/return",
+}
 
-def test_seeds_may_differ_in_what_they_measured(tmp_path):
+
+@pytest.fixture
+def study(tmp_path) -> Callable[..., tuple[dict[str, Any], str]]:
+    """Writes the report over runs with the given metrics, by arm and for each seed; gives results.json and report."""
+
+    def write(
+        arms: dict[str, list[dict[str, list[float]]]],
+        overrides: tuple[str, ...] = ("experiment=name",),
+        references: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> tuple[dict[str, Any], str]:
+        runs = []
+        for seed in range(max(map(len, arms.values()))):
+            for arm, seeds in arms.items():
+                runs.append(Run(arm, seed, tmp_path / arm / f"seed_{seed}"))
+                result = {"updates": 1000, "seconds": 10.0 + seed, "metrics": seeds[seed], "provenance": MADE}
+                write_json(runs[-1].results, result)
+        if references:
+            write_json(tmp_path / "references.json", references)
+        write_report(OmegaConf.create({**CONFIG, **settings}), overrides, runs, tmp_path, ["A remark."])
+        return json.loads((tmp_path / "results.json").read_text()), (tmp_path / "report.md").read_text()
+
+    return write
+
+
+def test_spread_is_over_seeds_and_a_seed_is_the_mean_of_its_episodes(study):
+    values = [[1.0, 3.0], [4.0, 6.0], [0.0, 8.0], [9.0, 11.0], [100.0, 100.0]]
+    results, report = study({"arm": [{"task/return": each} for each in values]})
+    found = results["arms"]["arm"]["task/return"]
+    means = [2.0, 5.0, 4.0, 10.0, 100.0]
+    assert found["by_seed"] == {str(seed): mean for seed, mean in enumerate(means)}
+    assert (found["n"], found["over"]) == (5, "seeds")
+    assert found["mean"] == pytest.approx(24.2)
+    assert found["stderr"] == pytest.approx((7216.8 / 4 / 5) ** 0.5)  # squares of -22.2, -19.2, -20.2, -14.2, 75.8
+    assert found["iqm"] == pytest.approx((4 + 5 + 10) / 3)
+    assert found["interval"] == list(bootstrap_interval([[mean] for mean in means]))
+    assert "mean ± standard error over seeds, each being the mean of its episodes." in report
+    assert "| task | 24.2 ± 19.0 |" in report
+    low, high = found["interval"]
+    assert f"| task | 6.33 [{low:.2f}, {high:.2f}] |" in report
+    assert "Each seed, 0 / 1 / 2 / 3 / 4:\n\n| | arm |\n|---|---:|\n| task | 2.0 / 5.0 / 4.0 / 10.0 / 100.0 |" in report
+    assert "arm 10, 11, 12, 13, 14 s (1,000 updates)" in report
+
+
+def test_one_seed_tells_of_its_episodes_alone(study):
+    results, report = study({"arm": [{"task/return": [1.0, 3.0], "loss": [5.0]}]})
+    arm = results["arms"]["arm"]
+    assert arm["task/return"] == {"mean": 2.0, "stderr": 1.0, "n": 2, "over": "episodes", "by_seed": {"0": 2.0}}
+    assert arm["loss"]["stderr"] is None
+    assert "mean ± standard error over episodes." in report
+    assert "| task | 2.00 ± 1.00 |" in report
+    assert "| loss | 5.00 |" in report
+    assert "Interquartile" not in report
+    assert "Each seed" not in report
+
+
+def test_tasks_are_taken_together_where_all_seeds_have_them(study):
+    seeds = [{"a/return": [float(s)], "b/return": [10.0 * s], "c/score": [1.0]} for s in range(3)]
+    results, report = study({"arm": seeds, "part": [*seeds[:2], {"a/return": [0.0]}]})
+    together = results["aggregate"]["arm"]
+    assert (together["tasks"], together["n"]) == (["a/return", "b/return"], 3)
+    assert together["iqm"] == pytest.approx((0 + 1 + 2 + 10) / 4)
+    assert together["interval"] == list(bootstrap_interval([[0, 0], [1, 10], [2, 20]]))
+    assert results["aggregate"]["part"]["n"] == 2
+    assert "| 2 tasks together | 3.25 [" in report
+    results, report = study({"arm": seeds[1:2]})
+    assert results["aggregate"]["arm"]["interval"] is None
+    assert "Interquartile mean over tasks:\n\n| | arm |\n|---|---:|\n| 2 tasks together | 5.50 |\n\n" in report
+    assert study({"arm": seeds}, aggregate=None)[0]["aggregate"] == {}
+
+
+def test_a_reference_says_that_its_spread_is_over_episodes(study):
+    arms = {"arm": [{"task/return": [1.0, 2.0]}, {"task/return": [3.0, 4.0]}]}
+    references = {"random policy": {"task/return": [1.0, 3.0]}, "best episode": {"task/return": [9.0]}}
+    results, report = study(arms, references=references)
+    random = results["arms"]["random policy"]["task/return"]
+    assert random == {"mean": 2.0, "stderr": 1.0, "n": 2, "over": "episodes"}
+    assert "| task | 2.50 ± 1.00 | 2.00 ± 1.00 (episodes) | 9.00 |" in report
+    assert "(episodes): over those, for want of seeds" in report
+    assert "| task | 1.50 / 3.50 |\n" in report  # no reference among those with seeds
+    _, report = study({"arm": arms["arm"][:1]}, references=references)
+    assert "| task | 1.50 ± 0.50 | 2.00 ± 1.00 | 9.00 |" in report
+
+
+def test_seeds_may_differ_in_what_they_measured(study):
     """A run that was begun before a score had its name, or a score that one seed alone could be given."""
-    metrics = [{"task/return": [1.0, 3.0], "old": [5.0]}, {"task/return": [4.0, 6.0], "new": [7.0]}]
-    runs = [Run("arm", seed, tmp_path / "arm" / f"seed_{seed}") for seed in range(2)]
-    for run, found in zip(runs, metrics):
-        write_json(run.results, {"updates": 10, "seconds": 1.0, "metrics": found})
-    config = OmegaConf.create(
-        {"name": "name", "summary": "A summary.", "notes": [], "curves_against": None, "training_curves": []}
-    )
-    write_report(config, ["experiment=name"], runs, tmp_path)
-    arm = json.loads((tmp_path / "results.json").read_text())["arms"]["arm"]
-    assert arm["task/return"] == {"mean": 3.5, "stderr": 1.5, "n": 2}
-    assert (arm["old"]["mean"], arm["old"]["n"]) == (5.0, 1)
-    assert (arm["new"]["mean"], arm["new"]["n"]) == (7.0, 1)
-    report = (tmp_path / "report.md").read_text()
-    assert "```bash\npython train.py experiment=name\n```" in report
+    results, report = study({"arm": [{"task": [1.0, 3.0], "old": [5.0, 6.0]}, {"task": [4.0, 6.0], "new": [7.0]}]})
+    arm = results["arms"]["arm"]
+    assert (arm["task"]["mean"], arm["task"]["stderr"], arm["task"]["n"]) == (3.5, 1.5, 2)
+    assert (arm["old"]["mean"], arm["old"]["stderr"], arm["old"]["n"], arm["old"]["over"]) == (5.5, None, 1, "seeds")
     assert "| task | 3.50 ± 1.50 |" in report
-    assert "| old | 5.00 (n=1) |" in report
+    assert "| old | 5.50 (n=1) |" in report
+    assert "| old | 5.50 / - |" in report
 
 
-def test_curves_of_many_arms_are_means_against_what_is_asked_for(tmp_path, monkeypatch):
-    drawn = []
-    plot = Axes.plot
-    monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: drawn.append((self, a, k)) or plot(self, *a, **k))
-    runs = [Run(f"arm_{arm}", seed, tmp_path / f"arm_{arm}" / f"seed_{seed}") for arm in range(8) for seed in range(2)]
-    for index, run in enumerate(runs):
-        write_json(run.results, {"updates": 10, "seconds": 1.0, "metrics": {"accuracy": [50.0]}})
-        rows = [f"{step},0,1,{step // 5},{index + step}" for step in (5, 10)]
-        (run.folder / "eval.csv").write_text("\n".join(["updates,env_steps,seconds,classes,accuracy", *rows]) + "\n")
-    config = {
-        "name": "name",
-        "summary": "A summary.",
-        "notes": [],
-        "curves_against": "classes",
-        "training_curves": ["loss"],
-    }
-    write_report(OmegaConf.create(config), ["experiment=name"], runs, tmp_path)
-    assert {axis.get_title() for axis, _, _ in drawn} == {"accuracy"}
-    assert drawn[0][0].get_xlabel() == "classes"
-    means = {settings["label"]: arguments for _, arguments, settings in drawn if settings["label"]}
-    assert len(means) == 8
-    assert means["arm_3"] == ([1.0, 2.0], [6.5 + 5, 6.5 + 10])
-    assert len({str(settings["color"]) for _, _, settings in drawn}) == 8
-    assert (tmp_path / "learning_curves.png").exists()
-    assert not (tmp_path / "learning_curves_2.png").exists()
+def test_an_arm_without_scores_keeps_its_column(study):
+    assert (
+        "| | arm | mute |\n|---|---:|---:|\n| task | 1.00 | - |" in study({"arm": [{"task": [1.0]}], "mute": [{}]})[1]
+    )
 
 
-def test_an_arm_that_has_no_curve_is_a_line_beside_those_that_have(tmp_path, monkeypatch):
-    lines = {}
-    monkeypatch.setattr(Axes, "axhline", lambda self, y, label, **_: lines.update({(self.get_title(), label): y}))
-    runs = [Run(arm, 0, tmp_path / arm / "seed_0") for arm in ("learned", "base")]
-    for run, score in zip(runs, (80.0, 50.0)):
-        write_json(run.results, {"updates": 10, "seconds": 1.0, "metrics": {"accuracy": [score]}})
-    (runs[0].folder / "eval.csv").write_text("updates,env_steps,seconds,accuracy\n5,0,1,60\n10,0,1,80\n")
-    config = {"name": "x", "summary": "x", "notes": [], "curves_against": None, "training_curves": []}
-    write_report(OmegaConf.create(config), ["experiment=name"], runs, tmp_path)
-    assert list(lines.items()) == [(("", "base"), 50.0)]
+def test_notes_say_which_settings_they_were_not_written_for(study):
+    arm = {"arm": [{"task": [1.0]}]}
+    plain = ("experiment=name", "num_seeds=1", "threads=1", "trainer.devices=2", "output_root=x")
+    _, report = study(arm, plain, notes=["A note."])
+    assert "|\n\nA note.\n\nA remark.\n" in report
+    assert (
+        "```bash\npython train.py experiment=name num_seeds=1 threads=1 trainer.devices=2 output_root=x\n```" in report
+    )
+    _, report = study(arm, (*plain, "module.updates=5", "~arms.other", "module/critic=x"), notes=["A note."])
+    said = "written for its own settings and not for `module.updates=5`, `~arms.other`, `module/critic=x`:"
+    assert f"The experiment's notes, {said}\n\nA note.\n\nA remark.\n" in report
+    assert departures(plain, WHERE) == ["num_seeds=1", "threads=1", "trainer.devices=2"]
+    assert departures(plain, (*WHERE, *HOW_LONG)) == []
 
 
-def test_what_is_drawn_against_something_else_gets_a_picture_of_its_own(tmp_path, monkeypatch):
-    drawn = {}
-    plot = Axes.plot
-    monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: drawn.setdefault(self, a) and plot(self, *a, **k))
-    runs = [Run(arm, 0, tmp_path / arm / "seed_0") for arm in ("codec", "classifier")]
-    (runs[1].folder).mkdir(parents=True)
-    (runs[1].folder / "train.csv").write_text("updates,env_steps,seconds,loss\n5,0,1,4\n6,0,1,5\n")
-    for run, header, values in zip(runs, ("psnr", "classes,accuracy"), ("2", "2,3")):
-        write_json(run.results, {"updates": 5, "seconds": 1.0, "metrics": {}})
-        (run.folder / "eval.csv").write_text(f"updates,env_steps,seconds,{header}\n5,0,1,{values}\n")
-    config = {
-        "name": "name",
-        "summary": "A summary.",
-        "notes": [],
-        "curves_against": "classes",
-        "training_curves": ["loss"],
-    }
-    write_report(OmegaConf.create(config), ["experiment=name"], runs, tmp_path)
-    assert {axis.get_title(): (axis.get_xlabel(), *points) for axis, points in drawn.items()} == {
-        "accuracy": ("classes", [2.0], [3.0]),
-        "psnr": ("updates", [5.0], [2.0]),
-        "train/loss": ("updates", [5.0, 6.0], [4.0, 5.0]),
-    }
+def test_what_made_the_numbers_is_said_once_or_for_each_kind_of_run(study, tmp_path):
+    results, report = study({"a": [{"task": [1.0]}], "b": [{"task": [1.0]}]})
+    assert results["provenance"] == [{**MADE, "runs": ["a/seed_0", "b/seed_0"]}]
+    assert (
+        "Made by tenfold abc, with uncommitted changes; python 3.11, torch 2.15; on 2 cores of Chip, Card, "
+        "8 GB of memory, 1 threads.\n" in report
+    )
+    run = Run("b", 0, tmp_path / "b" / "seed_0")
+    other = {**MADE, "code": "def"}
+    write_json(run.results, {"updates": 1, "seconds": 1.0, "metrics": {"task": [1.0]}, "provenance": other})
+    runs = [Run("a", 0, tmp_path / "a" / "seed_0"), run]
+    write_report(OmegaConf.create(CONFIG), ["experiment=name"], runs, tmp_path)
     report = (tmp_path / "report.md").read_text()
-    assert report.index("](learning_curves.png)") < report.index("](learning_curves_2.png)")
-    assert (tmp_path / "learning_curves_2.png").exists()
+    assert "Made (a/seed_0) by tenfold abc, with" in report
+    assert "Made (b/seed_0) by tenfold def; python" in report
 
 
-def test_what_language_models_said_stands_beside_each_other(tmp_path):
-    runs = [Run(arm, seed, tmp_path / arm / f"seed_{seed}") for arm in ("base", "svf") for seed in range(2)]
-    for run in runs:
-        write_json(run.results, {"updates": 5, "seconds": 1.0, "metrics": {"x": [1.0]}})
-        said = {"question": "a|b?", "answer": "a", "completion": f" {run.arm}\n{run.seed}.", "right": run.arm == "svf"}
-        write_json(run.folder / "completions.json", {"sums": [said]})
-    config = {"name": "name", "summary": "A summary.", "notes": [], "curves_against": None, "training_curves": []}
-    write_report(OmegaConf.create(config), ["experiment=name"], runs, tmp_path)
-    report = (tmp_path / "report.md").read_text()
+def test_pictures_of_runs_are_shown(study, tmp_path):
+    (tmp_path / "arm" / "seed_0").mkdir(parents=True)
+    (tmp_path / "arm" / "seed_0" / "rewards.png").touch()
+    assert "![rewards of arm, seed 0](arm/seed_0/rewards.png)" in study({"arm": [{"task": [1.0]}]})[1]
+
+
+def test_what_language_models_said_stands_beside_each_other(study, tmp_path):
+    for arm in ("base", "svf"):
+        for seed in range(2):
+            said = {"question": "a|b?", "answer": "a", "completion": f" {arm}\n{seed}.", "right": arm == "svf"}
+            write_json(tmp_path / arm / f"seed_{seed}" / "completions.json", {"sums": [said]})
+    _, report = study({"base": [{"x": [1.0]}] * 2, "svf": [{"x": [1.0]}] * 2})
     assert "| sums | answer | base | svf |\n|---|---|---|---|\n| a\\|b? | a | base 0. ✗ | svf 0. ✓ |\n" in report
     assert "base 1." not in report
+
+
+def test_an_evaluation_has_a_report_of_its_own(tmp_path: Path):
+    write_json(tmp_path / "results.json", {"metrics": {"task/return": [1.0, 3.0], "x": [5.0]}, "provenance": MADE})
+    (tmp_path / "rewards.png").touch()
+    table = write_evaluation("name after 5 updates", tmp_path)
+    assert table.splitlines()[2:] == ["| task/return | 2.00 ± 1.00 | 2 |", "| x | 5.00 | 1 |"]
+    report = (tmp_path / "report.md").read_text()
+    assert report.startswith("# name after 5 updates\n")
+    assert table in report
+    assert "![rewards](rewards.png)" in report
+    assert "Made by tenfold abc" in report
