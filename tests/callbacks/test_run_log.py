@@ -2,7 +2,7 @@
 
 import pytest
 
-from callbacks.run_log import RunLog, read_rows
+from callbacks.run_log import RunLog, read_rows, recorded
 
 
 def write(log, *updates, **metrics):
@@ -53,3 +53,16 @@ def test_a_log_that_is_no_text_is_named(log, tmp_path):
         file.write(b"2,\xff\n")
     with pytest.raises(ValueError, match=r"train.csv: expected text in UTF-8, found something else"):
         log.rewind(2)
+
+
+def test_what_was_recorded_comes_back_as_it_was_logged(log, tmp_path):
+    logged = [
+        {"updates": 5, "env_steps": 1, "seconds": 0.5, "train/loss": 0.1},
+        {"updates": 5, "env_steps": 1, "seconds": 0.75, "eval/walk/return": 7.0},
+        {"updates": 10, "env_steps": 2, "seconds": 1.0, "train/loss": 1e-17, "train/noise": 0.2},
+        {"updates": 15, "env_steps": 3, "seconds": 1.5, "train/loss": 0.3},
+    ]
+    for row in logged:
+        log.log_metrics(row)
+    assert recorded(tmp_path, 10) == logged[:3]
+    assert recorded(tmp_path / "none", 10) == []
