@@ -201,13 +201,11 @@ class BatchedMujocoEnv(MeasuredEnv):
         return _columns(measurements.values())
 
     def _control(self, action: Tensor) -> np.ndarray:
-        values = action.detach().numpy(force=True)
+        values = self._finite(action)
         if values.ndim != 2 or values.shape[1] != self.simulation.model.nu:
             raise ValueError(
                 f"{self.domain.name} takes actions [n, {self.simulation.model.nu}], got {list(values.shape)}"
             )
-        if not np.isfinite(values).all():
-            raise ValueError(f"an action for {self.domain.name} is not finite")
         return self.simulation.control(values)
 
     def _states(self, physics: Tensor | np.ndarray) -> np.ndarray:

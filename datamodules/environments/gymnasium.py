@@ -157,9 +157,7 @@ class GymnasiumEnv(MeasuredEnv):
     # --- TorchRL ---
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        actions = tensordict["action"].numpy(force=True)
-        if not np.isfinite(actions).all():
-            raise ValueError(f"an action for {self.name} is not finite")
+        actions = self._finite(tensordict["action"])
         self._reward = np.zeros_like(self._reward)
         for row in np.flatnonzero(~(self._terminated | self._truncated)).tolist():
             self._advance(row, actions[row])

@@ -68,6 +68,17 @@ class MeasuredEnv(EnvBase):
         if seed is not None:
             self._generator.manual_seed(seed)
 
+    def _finite(self, action: Tensor) -> np.ndarray:
+        """Actions [n, A] as they are; MuJoCo would make nothing of those that are no numbers, and go on.
+
+        Raises:
+            ValueError: one is not finite.
+        """
+        values = action.numpy(force=True)
+        if not np.isfinite(values).all():
+            raise ValueError(f"an action for {self.domain_name} is not finite")
+        return values
+
     def _reset(self, tensordict: TensorDictBase | None = None, **_: object) -> TensorDictBase:
         mask = None if tensordict is None else tensordict.get("_reset", None)
         if mask is None and self._restored:

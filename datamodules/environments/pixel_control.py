@@ -107,7 +107,7 @@ class PixelControlEnv(MeasuredEnv):
     # --- TorchRL ---
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        actions = tensordict["action"].numpy(force=True)
+        actions = self._finite(tensordict["action"])
         self._reward = np.zeros_like(self._reward)
         rows = np.flatnonzero(~(self._terminated | self._truncated)).tolist()
         self._actions[rows, self._steps[rows]] = actions[rows]

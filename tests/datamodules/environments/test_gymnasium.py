@@ -151,7 +151,7 @@ def test_numbers_that_are_not_finite_arrive_nowhere():
     assert steps["truncated"].flatten().tolist() == [False, True, True]
     assert steps["reward"].flatten().tolist() == [5, 0, 0]
     assert torch.equal(steps["observation"][0, 1], steps["observation"][0, 0])
-    with pytest.raises(ValueError, match="an action for Walk is not finite"):
+    with pytest.raises(ValueError, match="an action for walk is not finite"):
         play(env, env.reset(), torch.full((1, 1, 1), torch.nan))
 
 

@@ -219,6 +219,12 @@ def test_simulation_that_breaks_down_is_truncated_where_it_was_sound(name, capfd
     assert capfd.readouterr() == ("", "")
 
 
+def test_actions_must_be_finite():
+    env = made(num_envs=1)
+    with pytest.raises(ValueError, match="an action for cheetah_run is not finite"):
+        env.step(env.reset().set("action", torch.full((1, 6), torch.nan)))
+
+
 @pytest.mark.parametrize(
     ("arguments", "settings", "message"),
     [
