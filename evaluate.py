@@ -21,6 +21,7 @@ from launch.files import write_json
 from launch.recipes import find_checkpoint, find_checkpoints, rebuild, study_of
 from launch.report import write_evaluation
 from launch.runs import new_folder
+from launch.stops import leave_signals, stopping_at_once
 from launch.study import quieten
 
 DEFAULTS = {
@@ -98,7 +99,9 @@ def main() -> None:
         enable_model_summary=False,
         inference_mode=False,
     )
-    trainer.test(module, datamodule=datamodule, verbose=False)
+    leave_signals(trainer)
+    with stopping_at_once():
+        trainer.test(module, datamodule=datamodule, verbose=False)
     write_json(folder / "evaluation.json", {**given, "ckpt_path": str(path)})
     print(write_evaluation(f"{recipe['experiment']} after {module.updates} updates", folder))
     print(folder)

@@ -31,6 +31,7 @@ from launch.overrides import SEARCH_PATH, given_value, override_key, quoted, tra
 from launch.recipes import only_checkpoint
 from launch.report import REFERENCES, WHERE, departures, write_report
 from launch.runs import LOCK, RUN_FILE, check_folder_name, locked, merged, write_overrides
+from launch.stops import leave_signals, stopping_at_once
 from launch.values import check_types, check_values, one_of
 
 TOP_LEVEL = {
@@ -90,7 +91,8 @@ def run_study() -> float | None:
         try:
             # Where a scheduler starts the same command in the same folder again, it goes on too.
             complete = given_value(given, "ckpt_path") is not None
-            return _run_study(folder, given if complete else merged(folder, given))
+            with stopping_at_once():
+                return _run_study(folder, given if complete else merged(folder, given))
         finally:
             if rank_zero_only.rank == 0 and not (folder / RUN_FILE).exists():
                 (folder / LOCK).unlink()
@@ -119,11 +121,11 @@ def _run_study(folder: Path, overrides: list[str]) -> float | None:
                 _say(f"Writing to {folder}")
             train(*parts, folder)
             del parts  # or its data would stay in memory while the next are built
+        _finish(config, overrides, runs, folder)
     except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns Ctrl-C into the latter
         begun = (folder / RUN_FILE).exists()
         advice = f"Go on with: {train_command(f'ckpt_path={quoted(str(folder))}')}" if begun else "Nothing was written."
-        raise Stopped(f"Stopped. {advice}", 143 if isinstance(stop, SIGTERMException) else 130) from None
-    _finish(config, overrides, runs, folder)
+        raise Stopped(f"Stopped. {advice}", stop.code if isinstance(stop, SIGTERMException) else 130) from None
     return None if config.objective is None else _objective(config.objective, folder, _arms(config))
 
 
@@ -194,6 +196,7 @@ def build(
     loggers = [instantiate(logger) for logger in config.logger.values()]
     callbacks = [instantiate(callback) for callback in config.callbacks.values() if callback is not None]
     trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers, default_root_dir=str(run.folder))
+    leave_signals(trainer)
     return trainer, module, datamodule, resume
 
 
