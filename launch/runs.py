@@ -71,15 +71,27 @@ def merged(folder: Path, given: Sequence[str]) -> list[str]:
     began, asked = ([o for o in part if override_key(o) == "experiment"][-1:] for part in (remembered, given))
     if began and asked and began != asked:
         raise ValueError(f"ckpt_path: expected a run of {asked[0]}, found one of {began[0]} in {folder}.")
-    # What was added then may have a place of its own by now, and has none where it is given anew. A group has none.
-    search_path = given_value([*remembered, *given], SEARCH_PATH) or ()
-    added = {override_key(override) for override in remembered if override.startswith("+")}
-    plus = {key: "+" if is_group(key, search_path) else "++" for key in added}
+    # What was added then may have a place of its own by now, and has none where it is given anew.
+    remembered = lasting(remembered, given)
+    added = {key: o[: o.index(key)] for o in remembered if o.startswith("+") and (key := override_key(o))}
+    # What is given as it was before stays where it was, so that a run is told as if it had never stopped.
+    before = {override_key(override): override for override in remembered}
+    again = lasting(given, remembered)
+    given = [override for override, o in zip(given, again) if before.get(override_key(override)) != o]
     # The same override given again replaces its former value: a deletion or an addition can't be made twice.
     keys = {override_key(override) for override in given}
     kept = [override for override in remembered if override_key(override) not in keys]
     new = [override for override in given if not (override.startswith("~") and override_key(override) in added)]
-    return [f"{plus[key]}{o.lstrip('+')}" if (key := override_key(o)) in added else o for o in (*kept, *new)]
+    return [f"{added[key]}{o.lstrip('+')}" if (key := override_key(o)) in added else o for o in (*kept, *new)]
+
+
+def lasting(overrides: Sequence[str], more: Sequence[str] = ()) -> list[str]:
+    """Overrides as they can be given again, to `more` too: what is added may be there by then. A group never is."""
+    search_path = given_value([*overrides, *more], SEARCH_PATH) or ()
+    return [
+        f"++{o.lstrip('+')}" if o.startswith("+") and not is_group(override_key(o), search_path) else o
+        for o in overrides
+    ]
 
 
 def newest_run(output_root: str, name: str, experiment: str) -> Path:

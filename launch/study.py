@@ -30,7 +30,7 @@ from launch.files import write_json
 from launch.overrides import SEARCH_PATH, given_value, override_key, quoted, train_command
 from launch.recipes import only_checkpoint
 from launch.report import REFERENCES, WHERE, departures, write_report
-from launch.runs import LOCK, RUN_FILE, check_folder_name, locked, merged, write_overrides
+from launch.runs import LOCK, RUN_FILE, check_folder_name, lasting, locked, merged, write_overrides
 from launch.stops import leave_signals, stopping_at_once
 from launch.values import check_types, check_values, one_of
 
@@ -405,7 +405,7 @@ def _replaced(config: DictConfig, overrides: list[str]) -> list[str]:
 
 @rank_zero_only
 def _finish(config: DictConfig, overrides: list[str], runs: list[Run], folder: Path) -> None:
-    kept = _kept(overrides)
+    kept = lasting(_kept(overrides))
     write_report(config, kept, runs, folder, _replaced(config, kept))
     print((folder / "report.md").read_text())
     print(folder)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -60,6 +61,14 @@ def test_run_that_was_killed_and_stopped_equals_the_uninterrupted_one(assert_sam
     assert interrupted["at_kill"]["updates"] < 240
     assert interrupted["at_kill"]["checkpoint"] <= interrupted["at_kill"]["updates"]
     assert_same_runs(interrupted["folder"], uninterrupted, ARMS)
+
+
+def test_the_report_is_that_of_the_uninterrupted_one(interrupted, uninterrupted):
+    reports = []
+    for folder in (interrupted["folder"], uninterrupted):
+        text = (folder / "report.md").read_text().replace(str(folder.parents[1]), "ROOT")
+        reports.append(re.sub(r"\d+ s for", "TIME for", text))
+    assert reports[0] == reports[1]
 
 
 def test_finished_arms_are_kept(interrupted):

@@ -1,4 +1,4 @@
-"""Folders of runs."""
+"""Folders of runs, what they were started with, and what they go on with."""
 
 import subprocess
 import sys
@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from launch.runs import LOCK, locked, new_folder
+from launch.runs import LOCK, lasting, locked, merged, new_folder, write_overrides
 
+BEGAN = ["experiment=fb_overdrive", "+own=1", "module.updates=5", "+preset=fb_mm", "num_seeds=2"]
 HOLD = """
 import fcntl, sys, time
 file = open(sys.argv[1], "a")
@@ -36,3 +37,16 @@ def test_a_folder_is_one_programs_until_it_ends_or_is_killed(tmp_path):
     holder.wait()
     with locked(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("given", [[], BEGAN, BEGAN[:1], [BEGAN[2], BEGAN[0]]])
+def test_what_is_given_again_changes_nothing(tmp_path, given):
+    write_overrides(tmp_path, BEGAN)
+    expected = ["experiment=fb_overdrive", "++own=1", "module.updates=5", "+preset=fb_mm", "num_seeds=2"]
+    assert lasting(merged(tmp_path, given)) == lasting(BEGAN) == expected
+
+
+def test_what_is_given_anew_takes_the_place_of_what_was(tmp_path):
+    write_overrides(tmp_path, BEGAN)
+    asked = merged(tmp_path, ["num_seeds=2", "module.updates=7", "own=2"])
+    assert asked == ["experiment=fb_overdrive", "+preset=fb_mm", "num_seeds=2", "module.updates=7", "++own=2"]
