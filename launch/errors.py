@@ -83,11 +83,11 @@ def run_reporting_errors(main: Callable[[], None]) -> int:
         main()
     except Stopped as stop:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # it has been heard; what is left is to end other processes
-        if _is_first_process():
+        if is_first_process():
             print(stop, file=sys.stderr)
         return stop.code
     except KeyboardInterrupt:
-        if _is_first_process():
+        if is_first_process():
             print("Interrupted.", file=sys.stderr)
         return 130
     except (Exception, _Escaped) as raised:
@@ -107,7 +107,7 @@ def run_reporting_errors(main: Callable[[], None]) -> int:
     return code
 
 
-def _is_first_process() -> bool:
+def is_first_process() -> bool:
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
@@ -124,6 +124,11 @@ def _report(error: BaseException) -> tuple[int, str] | None:
             return 2, f"{found.group(1) if found else 'The configuration'}: {_one_line(error.__cause__)}."
         return None
     if isinstance(error, OmegaConfBaseException) and RESOLVING.match(str(error)):
+        raised: BaseException | None = error
+        while isinstance(raised, OmegaConfBaseException):
+            raised = raised.__context__
+        if isinstance(raised, OSError):
+            return _report(raised)
         return 1, f"{RESOLVING.sub('', _one_line(error))}."
     if isinstance(error, OverrideParseException):
         return (

@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -10,11 +10,18 @@ from hydra.core.override_parser.types import Quote, QuotedString
 
 SEARCH_PATH = "hydra.searchpath"
 """Folders of configurations beside the project's own."""
+WHERE = ("experiment", "seed", "output_root", "data_root", "ckpt_path", "logger", "hydra")
+"""The first words of overrides that change neither what an experiment is nor how long it takes."""
 
 
 def override_key(override: str) -> str:
     """What an override sets, adds or deletes: `module.updates` of `++module.updates=3`."""
     return override.split("=", 1)[0].lstrip("+~")
+
+
+def departures(overrides: Sequence[str], neutral: Collection[str]) -> list[str]:
+    """Those overrides whose first word is none of the neutral ones: where a run departs from the experiment."""
+    return [override for override in overrides if re.split(r"[./@]", override_key(override))[0] not in neutral]
 
 
 def given_value(overrides: Sequence[str], key: str) -> Any:

@@ -17,9 +17,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from launch.errors import CommandLineError, errors_past_hydra
+from launch.errors import CommandLineError, errors_past_hydra, is_first_process
 from launch.experiments import CONFIGS, experiment_list, is_group, missing_folders
-from launch.overrides import SEARCH_PATH, given_value, override_key, quoted
+from launch.imports import import_lightning
+from launch.overrides import SEARCH_PATH, WHERE, departures, given_value, override_key, quoted
 from launch.runs import merged, newest_run, run_folder, run_of
 
 SWEEP_FOLDER = "hydra.sweep.dir"
@@ -35,11 +36,8 @@ def main() -> None:
     hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(train)()
 
 
-def train(_: DictConfig) -> float | None:
-    """Run a study; returns the number that a search asked for."""
-    # Lightning takes many seconds to import, and help and typing errors do not need it.
-    from launch.study import run_study
-
+def train(config: DictConfig) -> float | None:
+    """Say what is about to happen and how long it should take, and run a study; returns what a search asked for."""
     hydra_config = HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN:
         # The other processes of a run are started with the same command line, and make the whole sweep beside this one.
@@ -48,6 +46,13 @@ def train(_: DictConfig) -> float | None:
         with read_write(hydra_config):
             hydra_config.run.dir = hydra_config.runtime.output_dir  # Lightning asks for it
     with errors_past_hydra():
+        if is_first_process():
+            as_known = " with its own settings" if departures(hydra_config.overrides.task, WHERE) else ""
+            print(f"{config.name}: {config.summary} Takes {config.duration}{as_known}.", flush=True)
+        # They take seconds, and the line above, help and typing errors do not need them.
+        import_lightning()
+        from launch.study import run_study
+
         return run_study()
 
 

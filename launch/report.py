@@ -2,8 +2,7 @@
 
 import json
 import math
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from omegaconf import DictConfig
 
 from launch.curves import draw_curves
 from launch.files import write_json, write_text
-from launch.overrides import override_key, train_command
+from launch.overrides import WHERE, departures, train_command
 from launch.statistics import LEVEL, RESAMPLES, bootstrap_interval, interquartile_mean
 
 REFERENCES = "references.json"
@@ -25,8 +24,7 @@ PICTURES = {
     "confusion.png": "What {} takes questions for, a row for each family and its kind",
     "feature_gradients.png": "What the critics' loss asks of the feature maps of {}, each on a scale of its own",
 }
-# The first words of overrides that change nothing which the notes or, but for the last ones, the duration speak of.
-WHERE = ("experiment", "seed", "output_root", "data_root", "ckpt_path", "logger", "hydra")
+# The first words of overrides that change nothing which the notes speak of, beside those that say where.
 HOW_LONG = ("num_seeds", "threads", "trainer", "callbacks", "checkpoint_every")
 
 
@@ -82,11 +80,6 @@ def write_evaluation(title: str, folder: Path) -> str:
     lines += _provenance([result["provenance"]])
     write_text(folder / "report.md", "\n".join(lines))
     return "\n".join(table)
-
-
-def departures(overrides: Sequence[str], neutral: Collection[str]) -> list[str]:
-    """Those overrides whose first word is none of the neutral ones: where a run departs from the experiment."""
-    return [override for override in overrides if re.split(r"[./@]", override_key(override))[0] not in neutral]
 
 
 def _of_runs(by_seed: Mapping[int, Sequence[float]], seeds: int) -> dict[str, Any]:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra import initialize_config_dir
+from hydra import compose, initialize_config_dir
 
 from launch.experiments import CONFIGS, experiment_list, experiment_names
 from launch.overrides import quoted
-from launch.study import Run, run_config
+from launch.study import Run, run_configs
 
 EXPERIMENT = """
 # @package _global_
@@ -62,8 +62,10 @@ def test_typed_interpolations_are_those_of_each_run(first):
 def test_interpolations_of_arms_are_those_of_each_run(tmp_path):
     overrides = ["experiment=fb_overdrive", "+arms.mine=['datamodule.seed=${seed}','+save_dir=${run_dir}']"]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = run_config(Run("mine", 3, tmp_path / "mine" / "seed_3"), overrides)
-    assert (config.datamodule.seed, config.save_dir) == (3, str(tmp_path / "mine" / "seed_3"))
+        runs = [Run("mine", seed, tmp_path / "mine" / f"seed_{seed}") for seed in (3, 4)]
+        configs = run_configs(runs, compose("train", overrides), overrides)
+    for run in runs:
+        assert (configs[run].datamodule.seed, configs[run].save_dir) == (run.seed, str(run.folder))
 
 
 def test_help_lists_them(program, folder):

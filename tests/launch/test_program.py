@@ -9,13 +9,38 @@ from datamodules.environments.batched_mujoco import BatchedMujocoEnv
 from datamodules.evaluation import EvaluationTask
 
 
-def test_help_lists_the_experiments_with_their_duration(program):
-    finished = program("--help")
-    assert finished.code == 0
-    (line,) = [line for line in finished.out.splitlines() if line.strip().startswith("fb_overdrive ")]
+def test_help_lists_the_experiments_with_their_duration_and_imports_no_torch(run_program):
+    finished = run_program("-X", "importtime", "train.py", "--help")
+    assert finished.returncode == 0
+    (line,) = [line for line in finished.stdout.splitlines() if line.strip().startswith("fb_overdrive ")]
     assert "arXiv 2412.04368" in line
     assert "minutes" in line
-    assert "ckpt_path=last" in finished.out
+    assert "ckpt_path=last" in finished.stdout
+    imported = {line.split("|")[-1].strip() for line in finished.stderr.splitlines()}
+    assert "hydra" in imported
+    assert not imported & {"torch", "lightning", "numpy", "scipy", "matplotlib"}
+
+
+def test_a_run_says_what_it_does_before_it_imports_what_takes_long(run_program, tmp_path):
+    begin = "import sys; sys.modules['torch'] = None; sys.argv[0] = 'train.py'; from launch.program import main; "
+    report = "from launch.errors import run_reporting_errors; sys.exit(run_reporting_errors(main))"
+    finished = run_program("-c", begin + report, "experiment=fb_overdrive", f"output_root={tmp_path}")
+    assert finished.stdout.startswith("fb_overdrive: Offline data that hide a turn-over of the dynamics")
+    assert finished.stdout.endswith("Takes about 4 minutes on two cores.\n")
+    assert (finished.returncode, finished.stderr.count("\n")) == (1, 1)
+
+
+def test_lightning_is_imported_without_what_is_not_needed_of_it(run_program):
+    program = """
+import sys
+from launch.imports import UNUSED, import_lightning
+import_lightning()
+assert not {"scipy.signal", *UNUSED} & sys.modules.keys()
+from lightning_utilities.core.imports import RequirementCache, package_available
+assert all(package_available(name) and RequirementCache(name) for name in UNUSED)
+"""
+    finished = run_program("-c", program)
+    assert finished.returncode == 0, finished.stderr
 
 
 def test_every_run_of_a_sweep_has_a_folder_of_its_own(program, one_arm, tmp_path):

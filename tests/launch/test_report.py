@@ -9,7 +9,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from launch.files import write_json
-from launch.report import HOW_LONG, WHERE, departures, write_evaluation, write_report
+from launch.overrides import WHERE, departures
+from launch.report import HOW_LONG, write_evaluation, write_report
 from launch.statistics import bootstrap_interval
 from launch.study import Run
 
