@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import logging.config
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -134,11 +135,51 @@ def wait_for_updates() -> Callable[..., None]:
                 if len(lines) > 1 and int(lines[-1].split(",")[0] or 0) >= updates:
                     return
             if process.poll() is not None:
-                raise AssertionError(f"the program ended before:\n{process.stdout.read()}\n{process.stderr.read()}")
+                out, err = process.communicate()
+                raise AssertionError(f"the program ended before:\n{out}\n{err}")
             time.sleep(0.002)
         raise AssertionError(f"{arm} did not reach {updates} updates in {seconds} s")
 
     return wait
+
+
+class Fork(multiprocessing.get_context("fork").Process):
+    """A program that begins with all that this process has imported, which is most of what a start takes."""
+
+    def poll(self) -> int | None:
+        return self.exitcode
+
+    def communicate(self) -> tuple[str, str]:
+        return "", "what it said stands above"
+
+
+@pytest.fixture(scope="session")
+def run_and_kill(program, spawn, wait_for_updates) -> Callable[..., Path]:
+    """Runs train.py, kills it when it has recorded so many updates, and returns the folder of its study.
+
+    In a process that is started, instead of a fork of this one, where `anew`: graphics libraries bear no fork, nor do
+    the threads by which transformers loads a model.
+    """
+
+    def ended(*arguments: str) -> None:
+        finished = program(*arguments)
+        os.write(2, f"{finished.out}{finished.err}".encode())
+
+    def run(*arguments: str, root: Path, arm: str, updates: int, seconds: float = 0.0, anew: bool = False) -> Path:
+        arguments = (*arguments, f"output_root={root}")
+        if anew:
+            process = spawn(*arguments)
+        else:
+            process = Fork(target=ended, args=arguments)
+            process.start()
+        wait_for_updates(process, root, arm, updates)
+        time.sleep(seconds)
+        process.kill()
+        process.wait() if anew else process.join()
+        (folder,) = root.glob("*/*")
+        return folder
+
+    return run
 
 
 def flat(state: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,7 +1,5 @@
 """Class-incremental runs: stop in any part of the codec's training or in the middle of a task, and go on exactly."""
 
-import time
-
 import pytest
 
 from launch.checkpoints import load_checkpoint
@@ -34,15 +32,10 @@ def uninterrupted(program, tmp_path_factory):
     return finished.folder
 
 
-def test_killed_runs_go_on_bit_for_bit(assert_same_runs, program, spawn, wait_for_updates, uninterrupted, tmp_path):
-    root = f"output_root={tmp_path}"
+def test_killed_runs_go_on_bit_for_bit(assert_same_runs, program, run_and_kill, uninterrupted, tmp_path):
     for arm, updates in (("codec", 30), ("codec", 80), ("bits_back_64", 75)):
-        process = spawn(*SMALL, root, *(["ckpt_path=last"] if (arm, updates) != ("codec", 30) else []))
-        wait_for_updates(process, tmp_path, arm, updates)
-        time.sleep(0.05)
-        process.kill()
-        process.wait()
-    (folder,) = (tmp_path / "drr_digits").iterdir()
+        more = ("ckpt_path=last",) if any(tmp_path.iterdir()) else ()
+        folder = run_and_kill(*SMALL, *more, root=tmp_path, arm=arm, updates=updates, seconds=0.05)
     saved = load_checkpoint(folder / "bits_back_64" / "seed_0" / "checkpoints" / "last.ckpt")
     assert 60 <= saved["learning_method"]["updates"] < 140
     assert saved["ClassIncrementalDataModule"]["finished"] >= 2
@@ -53,16 +46,9 @@ def test_killed_runs_go_on_bit_for_bit(assert_same_runs, program, spawn, wait_fo
     assert_same_runs(folder, uninterrupted, ["codec", "bits_back_64"], holds=("exp_avg_sq",))
 
 
-def test_a_run_goes_on_from_the_end_of_a_task(
-    assert_same_runs, program, spawn, wait_for_updates, uninterrupted, tmp_path
-):
+def test_a_run_goes_on_from_the_end_of_a_task(assert_same_runs, program, run_and_kill, uninterrupted, tmp_path):
     """The rows of new classes are drawn when a task begins, which then is after a resumption."""
-    arguments = (*SMALL, "checkpoint_every=1000", f"output_root={tmp_path}")
-    process = spawn(*arguments)
-    wait_for_updates(process, tmp_path, "bits_back_64", 70)
-    process.kill()
-    process.wait()
-    (folder,) = (tmp_path / "drr_digits").iterdir()
+    folder = run_and_kill(*SMALL, "checkpoint_every=1000", root=tmp_path, arm="bits_back_64", updates=70)
     saved = load_checkpoint(folder / "bits_back_64" / "seed_0" / "checkpoints" / "last.ckpt")
     assert saved["learning_method"]["updates"] in (60, 80, 100, 120)
     finished = program("experiment=drr_digits", f"ckpt_path={folder}")

@@ -1,7 +1,6 @@
 """Experts of a language model: stop at any update, and go on exactly; two processes, and other programs."""
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -44,16 +43,10 @@ def uninterrupted(program, small, tmp_path_factory):
     return finished.folder
 
 
-def test_killed_runs_go_on_bit_for_bit(
-    assert_same_runs, program, small, spawn, wait_for_updates, uninterrupted, tmp_path
-):
+def test_killed_runs_go_on_bit_for_bit(assert_same_runs, program, small, run_and_kill, uninterrupted, tmp_path):
     for attempt, updates in enumerate((7, 23)):
-        process = spawn(*small, f"output_root={tmp_path}", *(["ckpt_path=last"] if attempt else []))
-        wait_for_updates(process, tmp_path, "svf", updates)
-        time.sleep(0.02)
-        process.kill()
-        process.wait()
-    (folder,) = (tmp_path / "svf_larger").iterdir()
+        more = ("ckpt_path=last",) if attempt else ()
+        folder = run_and_kill(*small, *more, root=tmp_path, arm="svf", updates=updates, seconds=0.02, anew=True)
     saved = load_checkpoint(folder / "svf" / "seed_0" / "checkpoints" / "last.ckpt")
     assert 20 <= saved["learning_method"]["updates"] < 40
     finished = program("experiment=svf_larger", f"ckpt_path={folder}")
@@ -156,7 +149,7 @@ def adaptation(language_folder, tmp_path_factory) -> tuple[str, ...]:
     )
 
 
-def test_a_killed_search_goes_on_bit_for_bit(assert_same_runs, program, adaptation, spawn, wait_for_updates, tmp_path):
+def test_a_killed_search_goes_on_bit_for_bit(assert_same_runs, program, adaptation, run_and_kill, tmp_path):
     whole = program(*adaptation, f"output_root={tmp_path / 'whole'}")
     assert whole.code == 0, whole.err
     assert (whole.folder / "prompt" / "seed_0" / "confusion.png").exists()
@@ -164,11 +157,7 @@ def test_a_killed_search_goes_on_bit_for_bit(assert_same_runs, program, adaptati
     report = (whole.folder / "report.md").read_text()
     assert "| | expert_larger | expert_lastword | prompt | best_expert | cem |" in report
     assert "| largest3/accuracy |" in report
-    process = spawn(*adaptation, f"output_root={tmp_path / 'killed'}")
-    wait_for_updates(process, tmp_path / "killed", "cem", 13)
-    process.kill()
-    process.wait()
-    (folder,) = (tmp_path / "killed" / "transformer_squared").iterdir()
+    folder = run_and_kill(*adaptation, root=tmp_path / "killed", arm="cem", updates=13, anew=True)
     saved = load_checkpoint(folder / "cem" / "seed_0" / "checkpoints" / "last.ckpt")
     assert 10 <= saved["learning_method"]["updates"] < 30
     finished = program("experiment=transformer_squared", f"ckpt_path={folder}")

@@ -1,7 +1,6 @@
 """Online runs: stop in the middle of an episode or an update, go on, and get every later number as if nothing was."""
 
 import random
-import time
 
 import pytest
 
@@ -73,19 +72,11 @@ def arm(uninterrupted):
     return folder.name
 
 
-def kill_after(process, root, arm, updates, wait_for_updates, seconds=0.0):
-    wait_for_updates(process, root, arm, updates)
-    time.sleep(seconds)
-    process.kill()
-    process.wait()
-
-
 def test_killed_run_goes_on_bit_for_bit(
-    assert_same_runs, program, spawn, wait_for_updates, arguments, uninterrupted, arm, tmp_path
+    assert_same_runs, program, run_and_kill, arguments, uninterrupted, arm, tmp_path
 ):
-    root = f"output_root={tmp_path}"
-    kill_after(spawn(*arguments, root), tmp_path, arm, 100, wait_for_updates)
-    (folder,) = next(tmp_path.iterdir()).iterdir()
+    draws = uninterrupted.parent.name == "gpl_drq_cartpole"
+    folder = run_and_kill(*arguments, root=tmp_path, arm=arm, updates=100, anew=draws)
     saved = load_checkpoint(folder / arm / "seed_0" / "checkpoints" / "last.ckpt")
     assert 64 <= saved["learning_method"]["updates"] < 320
     assert any(tally[2] for tally in saved["learning_method"]["processes"][0]["tallies"])  # between two records
@@ -97,13 +88,11 @@ def test_killed_run_goes_on_bit_for_bit(
 
 
 def test_run_without_a_checkpoint_starts_over_on_the_old_replay_files(
-    assert_same_runs, program, spawn, wait_for_updates, arguments, uninterrupted, arm, tmp_path
+    assert_same_runs, program, run_and_kill, arguments, uninterrupted, arm, tmp_path
 ):
     if uninterrupted.parent.name != "gpl_cheetah":
         pytest.skip("one is enough")
-    process = spawn(*arguments, f"output_root={tmp_path}", "checkpoint_every=64")
-    kill_after(process, tmp_path, arm, 20, wait_for_updates)
-    (folder,) = next(tmp_path.iterdir()).iterdir()
+    folder = run_and_kill(*arguments, "checkpoint_every=64", root=tmp_path, arm=arm, updates=20)
     (folder / arm / "seed_0" / "checkpoints" / "last.ckpt").unlink(missing_ok=True)
     finished = program(arguments[0], f"ckpt_path={folder}", "checkpoint_every=24")
     assert finished.code == 0, finished.err
@@ -112,15 +101,12 @@ def test_run_without_a_checkpoint_starts_over_on_the_old_replay_files(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_ten_kills_at_random_instants(
-    assert_same_runs, program, spawn, wait_for_updates, arguments, uninterrupted, arm, tmp_path
-):
+def test_ten_kills_at_random_instants(assert_same_runs, program, run_and_kill, arguments, uninterrupted, arm, tmp_path):
     generator = random.Random(0)
-    more = [*arguments, f"output_root={tmp_path}"]
     for number in range(10):
-        process = spawn(*more, *(["ckpt_path=last"] if number else []))
-        kill_after(process, tmp_path, arm, 8 + 14 * number, wait_for_updates, 0.3 * generator.random())
-        (folder,) = next(tmp_path.iterdir()).iterdir()
+        more = ("ckpt_path=last",) if number else ()
+        instant = {"updates": 8 + 14 * number, "seconds": 0.3 * generator.random()}
+        folder = run_and_kill(*arguments, *more, root=tmp_path, arm=arm, anew=True, **instant)
     assert program(arguments[0], f"ckpt_path={folder}").code == 0
     assert_same_runs(folder, uninterrupted, [arm])
 
