@@ -49,6 +49,7 @@ bench: $(INSTALLED)
 	$(RUN) -m benchmarks.update_speed
 	$(RUN) -m benchmarks.coding_speed
 	$(RUN) -m benchmarks.language_speed
+	$(RUN) -m benchmarks.startup_speed
 
 lock: $(INSTALLED)
 	$(RUN) -m uv pip compile pyproject.toml --all-extras --no-emit-index-url --generate-hashes --quiet \

@@ -51,5 +51,5 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(program, one_arm):
     file = Path(__file__)
     finished = program(*one_arm, f"output_root={file}")
     assert finished.code == 1
-    assert finished.err.startswith(f"{file}/fb_overdrive/")
+    assert finished.err.startswith(f"{file}/fb_overdrive")
     assert "expected to read or write it, found: Not a directory." in finished.err
