@@ -10,7 +10,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from components.checks import Count, CountOrZero, Momentum, NonNegative, Positive, Range, check_range
+from components.checks import Count, CountOrZero, Momentum, NonNegative, Range, check_range
 
 # Of classes that are not the project's, and check their numbers late, without a name, or not at all.
 RANGES = {
@@ -18,9 +18,7 @@ RANGES = {
         "lr": NonNegative,
         "betas": tuple[Momentum, Momentum],
         "momentum": Momentum,
-        "dampening": Momentum,
         "weight_decay": NonNegative,
-        "eps": Positive,
     },
     "lightning.Trainer": {
         "devices": list[CountOrZero] | str | Annotated[int, Range(-1, 2**16)],  # which ones, or how many
