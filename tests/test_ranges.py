@@ -28,7 +28,7 @@ def settings(called: Callable[..., Any]) -> Iterator[tuple[Callable[..., Any], s
     classes = called.__mro__ if inspect.isclass(called) else ()
     makers = [vars(own)["__init__"] for own in classes if _is_own(own) and "__init__" in vars(own)]
     for maker in makers if classes else filter(_is_own, [called]):
-        for parameter in inspect.signature(maker).parameters.values():
+        for parameter in inspect.signature(maker, eval_str=True).parameters.values():
             named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
             if named and _numeric(parameter.annotation):
                 yield maker, parameter.name, parameter.annotation
