@@ -97,6 +97,7 @@ def leaves(node: Any, key: str, target: str) -> Iterator[tuple[str, str]]:
 
 
 LAUNCH = {"num_seeds", "threads", "seed"}  # checked before parts are
+PROTOCOLS = "datamodule.protocols."  # further arguments of an environment, which checks them when it is made
 OF_AN_ARM = {"codec_updates.autoencoder", "codec_updates.code_model", "protocol.codec_per_class"}
 
 
@@ -110,7 +111,7 @@ def test_every_number_of_every_experiment_is_checked():
                 OmegaConf.update(config, key, "given")
             check_values(config)
             for key, known in leaves(config, "", ""):
-                if known in seen:
+                if known in seen or key.startswith(PROTOCOLS):
                     continue
                 seen.add(known)
                 before = OmegaConf.select(config, key)
