@@ -108,13 +108,13 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
 def cifar100(folder: str) -> LabelledImages:
     """CIFAR-100 from its python files, `train` and `test`: 50,000 and 10,000 images of 32 x 32 pixels.
 
-    The files are pickles. They are read by an unpickler that knows arrays and plain types and calls nothing else.
+    The files are pickles. They are read by an unpickler that calls nothing, and of arrays makes bytes only.
 
     Args:
         folder: `cifar-100-python`.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing, damaged, or would call something else.
+        FileNotFoundError, ValueError: a file is missing, damaged, or of another kind.
     """
     parts = []
     for which in ("train", "test"):
@@ -125,38 +125,54 @@ def cifar100(folder: str) -> LabelledImages:
                 "https://www.cs.toronto.edu/~kriz/cifar.html) and set dataset.folder."
             )
         try:
-            content = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-            images, labels = np.asarray(content[b"data"]), np.asarray(content[b"fine_labels"], dtype=np.int64)
-        except (
-            pickle.UnpicklingError,
-            EOFError,
-            KeyError,
-            TypeError,
-            IndexError,
-            ValueError,
-            AttributeError,
-            MemoryError,
-            SystemError,
-        ) as error:
+            content = _Inert(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+            images, labels = _bytes_matrix(content[b"data"]), content[b"fine_labels"]
+        except Exception as error:  # unpickling raises many types for many kinds of damage
             raise ValueError(f"{path}: expected a python file of CIFAR-100, found another ({error!r}).") from error
-        if images.dtype != np.uint8 or images.ndim != 2 or images.shape != (len(labels), 3072):
-            raise ValueError(
-                f"{path}: expected uint8 data [{len(labels)}, 3072], found {images.dtype} {list(images.shape)}."
-            )
-        if len(labels) and not (labels.min() >= 0 and labels.max() < 100):
-            raise ValueError(f"{path}: expected fine_labels from 0 to 99, found {labels.min()} to {labels.max()}.")
-        parts += [torch.from_numpy(images.reshape(-1, 3, 32, 32).copy()), torch.from_numpy(labels)]
+        if type(labels) is not list or any(type(label) is not int or not 0 <= label < 100 for label in labels):
+            raise ValueError(f"{path}: expected fine_labels, a list of numbers from 0 to 99, found another.")
+        if images.shape != (len(labels), 3072):
+            raise ValueError(f"{path}: expected data [{len(labels)}, 3072], found {list(images.shape)}.")
+        parts += [torch.from_numpy(images.reshape(-1, 3, 32, 32)), torch.tensor(labels, dtype=torch.int64)]
     return LabelledImages(*parts)
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Reads arrays as NumPy pickles them, in the names of old and new versions, and refuses to call anything else."""
+class _Inert(pickle.Unpickler):
+    """Reads a pickle without making what it names: of arrays it keeps what is said of them, all else is an error."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            return np._core.multiarray._reconstruct
+            return _Array
         if module == "numpy" and name in ("ndarray", "dtype"):
-            return getattr(np, name)
+            return _Said
         if (module, name) == ("_codecs", "encode"):  # how bytes are written by protocols that have none
             return lambda text, encoding: text.encode("latin1")
         raise pickle.UnpicklingError(f"it would call {module}.{name}")
+
+
+class _Said:
+    """What a pickle says of an object: the arguments that make it, and its state."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+        self.state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Array(_Said):
+    pass
+
+
+def _bytes_matrix(said: Any) -> np.ndarray:
+    """The array of which this is said, if it is a matrix of bytes in C order.
+
+    It is made from nothing but its bytes: NumPy's own way takes types and flags from the file, and with them pointers.
+    """
+    if not isinstance(said, _Array):
+        raise ValueError(f"data of type {type(said).__name__}")
+    _, (rows, columns), kind, in_fortran_order, data = said.state
+    if kind.arguments[0] not in ("u1", b"u1") or in_fortran_order or type(data) is not bytes:
+        raise ValueError(f"data of type {kind.arguments[0]!r}")
+    return np.frombuffer(data, np.uint8).reshape(rows, columns).copy()
