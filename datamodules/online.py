@@ -4,7 +4,6 @@ Dimensions: N environments of this process, T steps of a collection, B batch.
 """
 
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from functools import partial
@@ -20,7 +19,7 @@ from components.checks import Count, Range, Share, Size, checked
 from components.distributed import rank, world_size
 from datamodules.environment import EnvironmentDataModule
 from datamodules.environments.measured import MeasuredEnv
-from datamodules.replay import STORAGES, ReplayBuffer
+from datamodules.replay import STORAGES, ReplayBuffer, delete_replay_files
 from datamodules.sampling import Stacks, batch_generator
 
 COLLECTORS = ("sync", "async", "ray")
@@ -201,7 +200,7 @@ class OnlineDataModule(EnvironmentDataModule):
     def finish(self) -> None:
         """Called when the run has its results."""
         if not self.keep_replay:
-            shutil.rmtree(self.replay_folder, ignore_errors=True)
+            delete_replay_files(self.replay_folder)
 
     def on_exception(self, exception: BaseException) -> None:
         self._close()

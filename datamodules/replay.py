@@ -6,13 +6,12 @@ Dimensions: R places of a ring, N environments, n steps of a return, S pictures 
 import json
 import math
 import os
-import shutil
-from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import MemoryMappedTensor, TensorDict, TensorDictBase
 from torch import Tensor
 
 from components.files import reserve
@@ -53,14 +52,21 @@ class Ring:
     def _create_files(self) -> None:
         marks = TensorDict({_NUMBER: torch.zeros(self.length, dtype=torch.int64)}, batch_size=[self.length])
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._delete_files()  # of a run that starts over: a link among them would be written to
         self._files = self._layout.memmap_like(self.folder / "steps")
         self._numbers = marks.memmap_like(self.folder / "numbers")[_NUMBER]
         try:
             reserve(self.folder)
         except Exception:
-            shutil.rmtree(self.folder)  # there is nothing in it yet
+            self._delete_files()
+            with suppress(OSError):  # it holds something else
+                self.folder.rmdir()
             raise
         self._numbers.fill_(-1)
+
+    def _delete_files(self) -> None:
+        for part in ("steps", "numbers"):
+            _delete_files(self.folder / part)
 
     def _make_room(self) -> None:
         self.data = self._files
@@ -120,23 +126,13 @@ class Ring:
 
         Raises:
             FileNotFoundError: there are no files.
-            ValueError: they are damaged, or hold rows of another shape.
+            ValueError: they are damaged, or hold rows of another shape or type.
         """
-        if not (self.folder / "steps").is_dir():
-            raise FileNotFoundError(f"{self.folder}: expected the replay data of the checkpoint, found none.")
-        _check_files(self.folder / "steps", self._layout.keys(True, True))
-        _check_files(self.folder / "numbers", [_NUMBER])
+        marks = TensorDict({_NUMBER: torch.zeros(self.length, dtype=torch.int64)}, batch_size=[self.length])
+        self._files = _open_memmap(self.folder / "steps", self._layout)
+        self._numbers = _open_memmap(self.folder / "numbers", marks)[_NUMBER]
         reserve(self.folder)  # a copy may have less room than its original had
-        self._files = TensorDict.load_memmap(self.folder / "steps")
-        self._numbers = TensorDict.load_memmap(self.folder / "numbers")[_NUMBER]
         self._make_room()
-        found = {str(key): (value.shape, value.dtype) for key, value in self._files.items(True, True)}
-        expected = {str(key): (value.shape, value.dtype) for key, value in self._layout.items(True, True)}
-        for key in [*expected, *found]:
-            if found.get(key) != expected.get(key):
-                raise ValueError(
-                    f"{self.folder}: expected {key} to be {_text(expected.get(key))}, found {_text(found.get(key))}."
-                )
 
     def restore(self, first: int, written: int) -> None:
         """Show the rows from number `first` to before `written` as they were committed.
@@ -144,6 +140,8 @@ class Ring:
         Raises:
             ValueError: some were overwritten.
         """
+        if not 0 <= first <= written <= first + self.length:
+            raise ValueError(f"{self.folder}: expected at most {self.length} steps, found {first} to {written}.")
         window = torch.arange(first, written)
         if not torch.equal(self._numbers[window % self.length], window):
             raise ValueError(
@@ -408,26 +406,60 @@ class ReplayBuffer:
         return TensorDict(rows, batch_size=shape, device=self.device)
 
 
-def _check_files(folder: Path, keys: Iterable[str | tuple[str, ...]]) -> None:
-    """Raise a ValueError if a file is not whole: mapping one that was cut short fills it up with zeros."""
-    for key in keys:
+def delete_replay_files(folder: str | Path) -> None:
+    """Delete what the replay buffers of all processes wrote to a folder, but nothing else that lies there."""
+    for process in Path(folder).glob("process_[0-9]*"):
+        _delete_files(process)
+    with suppress(OSError):  # it holds something else
+        Path(folder).rmdir()
+
+
+def _delete_files(folder: Path) -> None:
+    """Delete mapped tensors, their descriptions, links, and the folders that are empty then."""
+    inside = [] if folder.is_symlink() else sorted(folder.rglob("*"), reverse=True)  # the innermost first
+    for path in (*inside, folder):
+        if path.is_dir() and not path.is_symlink():
+            with suppress(OSError):  # it holds something else
+                path.rmdir()
+        elif path.is_symlink() or path.suffix == ".memmap" or path.name == "meta.json":
+            path.unlink()
+
+
+def _open_memmap(folder: Path, layout: TensorDictBase) -> TensorDict:
+    """The files that `layout.memmap_like(folder)` made, mapped.
+
+    Unlike `TensorDict.load_memmap`, which makes whatever the folder describes and unpickles what lies there for it,
+    nothing is opened but the files of the layout, and no link is followed: what is mapped is written to.
+
+    Raises:
+        FileNotFoundError: there are no files.
+        ValueError: they are damaged, or hold tensors of another shape or type.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: expected the replay data of the checkpoint, found none.")
+    mapped = TensorDict(batch_size=layout.batch_size)
+    for key, value in layout.items(True, True):
         *parents, name = (key,) if isinstance(key, str) else key
-        description = folder.joinpath(*parents, "meta.json")
-        try:
-            entry = json.loads(description.read_text()).get(name)
-            if entry is None:  # data of another kind
-                continue
-            itemsize = getattr(torch, entry["dtype"].removeprefix("torch.")).itemsize
-            expected = math.prod(entry["shape"]) * itemsize
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(
-                f"{description}: expected a description of replay data, found none that is whole."
-            ) from None
-        file = description.with_name(f"{name}.memmap")
-        found = file.stat().st_size if file.exists() else 0
+        file = folder.joinpath(*parents, f"{name}.memmap")
+        for path in (folder, *(folder.joinpath(*parents[: depth + 1]) for depth in range(len(parents))), file):
+            if path.is_symlink():
+                raise ValueError(f"{path}: expected replay data, found a link.")
+        found, expected = _description(file.with_name("meta.json"), name), (list(value.shape), str(value.dtype))
         if found != expected:
-            raise ValueError(f"{file}: expected {expected} bytes of replay data, found {found}.")
+            raise ValueError(f"{file}: expected {expected[1]} {expected[0]}, found {found[1]} {found[0]}.")
+        size = file.stat().st_size if file.is_file() else 0
+        if size != value.nbytes:  # mapping a file that was cut short would fill it up with zeros
+            raise ValueError(f"{file}: expected {value.nbytes} bytes of replay data, found {size}.")
+        mapped[key] = MemoryMappedTensor.from_filename(file, value.dtype, value.shape)
+    return mapped
 
 
-def _text(layout: tuple[torch.Size, torch.dtype] | None) -> str:
-    return "nothing" if layout is None else f"{list(layout[0])} of {str(layout[1]).removeprefix('torch.')}"
+def _description(path: Path, name: str) -> tuple[list[int], str]:
+    """Shape and type of a tensor, as the file beside it says."""
+    try:
+        if not path.is_file():  # reading a pipe would wait for ever
+            raise FileNotFoundError
+        entry = json.loads(path.read_text())[name]
+        return entry["shape"], entry["dtype"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: expected a description of {name}, found none that is whole.") from None

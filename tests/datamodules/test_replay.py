@@ -1,10 +1,14 @@
+import json
+import os
+import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
-from tensordict import TensorDict
+from tensordict import NonTensorData, TensorDict
 
-from datamodules.replay import ReplayBuffer
+from datamodules.replay import ReplayBuffer, delete_replay_files
 
 ENVS = 3
 EXAMPLE = TensorDict(
@@ -145,7 +149,7 @@ def test_a_damaged_description_is_named(tmp_path, name, text):
     (tmp_path / name).unlink()
     if text is not None:
         (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=rf"{name}: expected a description of replay data, found none that is whole"):
+    with pytest.raises(ValueError, match=rf"{name}: expected a description of \w+, found none that is whole"):
         ReplayBuffer(EXAMPLE, 30, 4, tmp_path).restore(5)
 
 
@@ -155,8 +159,79 @@ def test_missing_and_foreign_files_are_refused(tmp_path):
     buffer = ReplayBuffer(EXAMPLE, 30, 4, tmp_path)
     buffer.extend(steps(0, 5))
     buffer.commit()
-    with pytest.raises(ValueError, match=r"expected .* to be \[24, 3, 1\] of .*, found \[14, 3, 1\] of"):
+    with pytest.raises(ValueError, match=r"expected torch.float32 \[24, 3, 1\], found torch.float32 \[14, 3, 1\]\."):
         ReplayBuffer(EXAMPLE, 60, 4, tmp_path).restore(5)
+
+
+class Calls:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_what_a_folder_says_of_itself_is_not_made(tmp_path, storage):
+    """`TensorDict.load_memmap` makes an entry that is no tensor by unpickling a file beside it."""
+    buffer = ReplayBuffer(EXAMPLE, 30, 4, tmp_path / "replay", storage=storage)
+    buffer.extend(steps(0, 5))
+    buffer.commit()
+    TensorDict({"extra": NonTensorData(Calls(tmp_path / "called"))}).memmap(tmp_path / "more")
+    shutil.copytree(tmp_path / "more" / "extra", tmp_path / "replay" / "steps" / "extra")
+    said = [json.loads((tmp_path / name / "meta.json").read_text()) for name in ("more", "replay/steps")]
+    (tmp_path / "replay" / "steps" / "meta.json").write_text(json.dumps({**said[0], **said[1]}))
+    restored = ReplayBuffer(EXAMPLE, 30, 4, tmp_path / "replay", storage=storage)
+    restored.restore(5)
+    assert not (tmp_path / "called").exists()
+    assert (draw(restored) == draw(buffer)).all()
+
+
+@pytest.mark.parametrize("name", ["steps/observation.memmap", "steps/next", "numbers"])
+def test_links_are_refused_for_they_would_be_written_to(tmp_path, name):
+    buffer = ReplayBuffer(EXAMPLE, 30, 4, tmp_path / "replay", storage="memmap")
+    buffer.extend(steps(0, 5))
+    buffer.commit()
+    path = tmp_path / "replay" / name
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=rf"{name}: expected replay data, found a link\."):
+        ReplayBuffer(EXAMPLE, 30, 4, tmp_path / "replay", storage="memmap").restore(5)
+    linked = tmp_path / "elsewhere"
+    before = {file: file.read_bytes() for file in (linked, *linked.rglob("*")) if file.is_file()}
+    anew = ReplayBuffer(EXAMPLE, 30, 4, tmp_path / "replay", storage="memmap")
+    anew.extend(steps(7, 5))
+    assert {file: file.read_bytes() for file in before} == before
+
+
+@pytest.mark.parametrize("name", ["steps/meta.json", "steps/observation.memmap"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink(path, path)])
+def test_what_is_no_file_is_named(tmp_path, name, make):
+    buffer = ReplayBuffer(EXAMPLE, 30, 4, tmp_path)
+    buffer.extend(steps(0, 5))
+    buffer.commit()
+    (tmp_path / name).unlink()
+    make(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name}: expected .*, found (none|0|a link)"):
+        ReplayBuffer(EXAMPLE, 30, 4, tmp_path).restore(5)
+
+
+def test_only_the_files_of_replay_buffers_are_deleted(tmp_path):
+    for process in range(2):
+        buffer = ReplayBuffer(EXAMPLE, 30, 4, tmp_path / "replay" / f"process_{process}")
+        buffer.extend(steps(0, 5))
+        buffer.commit()
+    kept = [tmp_path / "replay" / name for name in ("notes.txt", "process_1/steps/notes.txt", "process_x/meta.json")]
+    for path in kept:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    delete_replay_files(tmp_path / "replay")
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(kept)
+    assert not (tmp_path / "replay" / "process_0").exists()
+    for path in kept:
+        path.unlink()
+    (tmp_path / "replay" / "process_x").rmdir()
+    delete_replay_files(tmp_path / "replay")
+    assert not list(tmp_path.iterdir())
 
 
 def test_settings_that_make_no_sense_are_named(tmp_path):
