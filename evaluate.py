@@ -1,11 +1,12 @@
 """Score, draw and film a checkpoint, for the tasks of its experiment or for a reward of your own.
 
     python evaluate.py ckpt_path=PATH [reward=EXPRESSION] [protocol=NAME] [episodes=10] [seconds=10, of the films]
-                       [threads=N] [trust=PACKAGE,...]
+                       [threads=N] [trust=PACKAGE,...] [data_root=data]
 
 PATH is a checkpoint, a run's folder, or `last`. EXPRESSION is written over the environment's named quantities, such as
 "head_height < 1.25 and torso_upright > 0.9" or "tolerance(left_hand_height, 1.5, inf, 0.3)"; a wrong name lists them
 all. A checkpoint of classes outside of this project, your own, is only rebuilt if their package is trusted by name.
+Data sets that the evaluation needs and does not find are only made in data_root.
 """
 
 import shlex
@@ -32,6 +33,7 @@ DEFAULTS = {
     "seconds": 10.0,  # length of the films
     "threads": 0,  # of PyTorch; 0 leaves the number to it
     "trust": None,  # packages outside of the project that may be called on the checkpoint's word, by commas
+    "data_root": "data",  # the only folder, but that of the run, that is written to
     "output_root": "outputs",
 }
 LARGEST = 2**16  # of numbers, of which time and memory are a multiple
@@ -75,7 +77,8 @@ def main() -> None:
     if given["threads"]:
         torch.set_num_threads(given["threads"])
     path = find_checkpoint(given["ckpt_path"], given["output_root"])
-    module, datamodule, recipe = rebuild(path, tuple(given["trust"].split(",")) if given["trust"] else ())
+    trust = tuple(given["trust"].split(",")) if given["trust"] else ()
+    module, datamodule, recipe = rebuild(path, trust, given["data_root"])
     datamodule.choose_tasks(given["protocol"], given["reward"])
     datamodule.episodes = given["episodes"]
     print(f"Evaluating {path} ({recipe['experiment']}, {module.updates} updates).", flush=True)

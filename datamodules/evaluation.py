@@ -11,6 +11,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.envs.utils import step_mdp
 
+from components.buildable import buildable
 from components.checks import Size, checked
 from datamodules.environments.measured import MeasuredEnv
 from datamodules.pixels import RenderingUnavailable
@@ -18,6 +19,7 @@ from datamodules.pixels import RenderingUnavailable
 Policy = Callable[[TensorDictBase], TensorDictBase]
 
 
+@buildable()
 @checked
 class EvaluationTask:
     """A protocol (a way to start episodes) under which an agent is scored on several rewards.

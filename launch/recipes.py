@@ -1,18 +1,27 @@
 """Rebuilding a method and its datamodule from what a checkpoint says of them."""
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import lightning as L
+import torch
+from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
+from torch import nn
+from torchrl.envs import EnvBase
 
+from components.buildable import MARK
 from launch.checkpoints import LAST, load_checkpoint
 from launch.runs import RUN_FILE
 
-# A checkpoint may come from anybody: nothing outside of the project is called on its word. A name alone proves little,
-# since Hydra would follow it through a module of the project into whatever that module imports.
-TRUSTED = ("callbacks.", "components.", "datamodules.", "lightning_modules.", "torch.optim.")
+# A checkpoint may come from anybody. On its word are called classes of these kinds and what is marked `buildable`, from
+# these folders of the project: no other functions, no methods, nothing private. A name alone proves little, since Hydra
+# would follow it through a module of the project into whatever that module imports.
+KINDS = (nn.Module, L.LightningDataModule, EnvBase, gymnasium.Env, torch.optim.Optimizer)
+FOLDERS = ("components", "datamodules", "lightning_modules", "torch.optim")
 LOOK_UPS = ("hydra.utils.get_class", "hydra.utils.get_method")
 
 
@@ -63,25 +72,51 @@ def rebuild_method(path: str | Path, trust: tuple[str, ...] = ()) -> tuple[L.Lig
     Raises:
         FileNotFoundError, ValueError: the checkpoint is missing, damaged, or asks for something foreign.
     """
-    path = Path(path)
+    return _rebuild(Path(path), trust, "data", ("module",))
+
+
+def rebuild(
+    path: Path, trust: tuple[str, ...] = (), data_root: str = "data"
+) -> tuple[L.LightningModule, L.LightningDataModule, dict[str, Any]]:
+    """As `rebuild_method`, with the datamodule of the run in the middle.
+
+    Args:
+        data_root: where data sets may be written that are not there yet.
+    """
+    module, recipe = _rebuild(path, trust, data_root, ("module", "datamodule"))
+    return module, _built(recipe["datamodule"], path, L.LightningDataModule), recipe
+
+
+def _rebuild(
+    path: Path, trust: tuple[str, ...], data_root: str, parts: tuple[str, ...]
+) -> tuple[L.LightningModule, dict[str, Any]]:
+    """The method, once all of the parts that will be built were checked."""
     checkpoint = load_checkpoint(path)
     recipe = checkpoint["learning_method"]["recipe"]
     if recipe is None:
         raise ValueError(f"ckpt_path={path}: expected a checkpoint written by train.py, found one without a recipe.")
-    check_targets(recipe, path, trust)
     study = study_of(path)
     if study is not None:
         recipe = _moved(recipe, recipe.get("study"), str(study))
-    module = instantiate(recipe["module"], **recipe["spec"])
-    module.load_state_dict(checkpoint["state_dict"])
+    check_recipe(recipe, path, trust, (Path(data_root), *([] if study is None else [study])), parts)
+    module = _built(recipe["module"], path, L.LightningModule, **recipe["spec"])
     module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
     return module, recipe
 
 
-def rebuild(path: Path, trust: tuple[str, ...] = ()) -> tuple[L.LightningModule, L.LightningDataModule, dict[str, Any]]:
-    """As `rebuild_method`, with the datamodule of the run in the middle."""
-    module, recipe = rebuild_method(path, trust)
-    return module, instantiate(recipe["datamodule"]), recipe
+def _built(node: Mapping[str, Any], path: Path, kind: type, **sizes: Any) -> Any:
+    """What a part of a recipe describes, of a kind."""
+    try:
+        made = instantiate(node, **sizes)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ValueError | OSError):  # a sentence of its own
+            raise error.__cause__ from None
+        cause = str(error.__cause__ or error).partition("\n")[0]
+        raise ValueError(f"ckpt_path={path}: can't build what it describes ({cause}).") from error
+    if not isinstance(made, kind):
+        raise ValueError(f"ckpt_path={path}: expected a {kind.__name__}, found {type(made).__name__}.")
+    return made
 
 
 def study_of(checkpoint: Path) -> Path | None:
@@ -101,28 +136,87 @@ def _moved(node: Any, before: str | None, now: str) -> Any:
     return node
 
 
-def check_targets(node: Any, path: Path, trust: tuple[str, ...] = ()) -> None:
-    """Raise a ValueError if a recipe would call anything outside of the project and of what is trusted."""
-    if isinstance(node, Mapping):
-        target = node.get("_target_")
-        called = node.get("path") if target in LOOK_UPS else target
-        if target is not None and not _is_below(str(called), (*TRUSTED, *(f"{package}." for package in trust))):
-            raise ValueError(
-                f"ckpt_path={path}: expected a recipe of this project's classes, found {called}; if it is yours, add "
-                f"trust={str(called).split('.')[0]}."
+def check_recipe(
+    recipe: Mapping[str, Any],
+    path: Path,
+    trust: tuple[str, ...],
+    writable: tuple[Path, ...],
+    parts: tuple[str, ...] = ("module", "datamodule"),
+) -> None:
+    """Raise a ValueError if parts of a recipe would call what they may not, or write out of the `writable` folders."""
+    for name, value in recipe["spec"].items():  # goes into the module's arguments, over what they are
+        sizes = value if isinstance(value, list | tuple) else [value]
+        if name.startswith("_") or not all(isinstance(size, int | float | str) for size in sizes):
+            raise ValueError(f"ckpt_path={path}: expected sizes in its spec, found {name}={value!r:.80}.")
+        check_targets(value, f"ckpt_path={path}", key=f"spec.{name}")
+    for part in parts:
+        for key, called, arguments in check_targets(recipe[part], f"ckpt_path={path}", trust, key=part):
+            name = getattr(called, MARK, None)
+            folder = None if name is None else arguments.get(name)
+            within = folder is None or any(
+                Path(str(folder)).resolve().is_relative_to(each.resolve()) for each in writable
             )
-        for value in node.values():
-            check_targets(value, path, trust)
-    elif isinstance(node, list | tuple):
-        for value in node:
-            check_targets(value, path, trust)
+            if not within or (name is not None and "_args_" in arguments):
+                raise ValueError(
+                    f"ckpt_path={path}: {key}.{name}={folder} may be written to: expected a folder in "
+                    f"data_root={writable[0]}; name yours by data_root=FOLDER."
+                )
 
 
-def _is_below(name: str, packages: tuple[str, ...]) -> bool:
-    if not name.startswith(packages):
-        return False
+def check_targets(
+    node: Any, where: str, trust: tuple[str, ...] = (), folders: tuple[str, ...] = FOLDERS, key: str = ""
+) -> list[tuple[str, Any, Mapping[str, Any]]]:
+    """What a configuration calls: its place, the class or function, and the arguments. Nothing is called yet.
+
+    Args:
+        where: the file, for the error.
+        trust: packages outside of the project whose classes may be called too.
+        folders: of the project, from which classes may be called.
+        key: of `node`.
+
+    Raises:
+        ValueError: it would call what is not of `KINDS` or marked `buildable`.
+    """
+    found = []
+    if isinstance(node, str) and "${" in node:  # would be looked up once more, after this check
+        raise ValueError(f"{where}: {key}: expected a value, found an interpolation.")
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            looked_up = node["_target_"] in LOOK_UPS
+            called = _buildable(str(node.get("path" if looked_up else "_target_")), f"{where}: {key}", trust, folders)
+            if looked_up and node.keys() != {"_target_", "path"}:
+                raise ValueError(f"{where}: {key}: expected a look-up by path alone, found {', '.join(node)}.")
+            found.append((key, called, node))
+        for name, value in node.items():
+            found += check_targets(value, where, trust, folders, f"{key}.{name}".lstrip("."))
+    for index, value in enumerate(_list(node)):
+        found += check_targets(value, where, trust, folders, f"{key}[{index}]")
+    return found
+
+
+def _list(value: Any) -> list[Any] | tuple[Any, ...]:
+    return value if isinstance(value, list | tuple) else ()
+
+
+def _buildable(name: str, where: str, trust: tuple[str, ...], folders: tuple[str, ...]) -> Any:
+    """The class or function of a name, if it may be called."""
+    packages = tuple(f"{package}." for package in (*folders, *trust))
+    if not name.startswith(packages):  # importing it may be harm enough
+        package = name.partition(".")[0]
+        raise ValueError(
+            f"{where}: expected a class of this project, found {name}; if it is yours, add trust={package}."
+        )
     try:
         found = get_object(name)
-    except Exception:  # Hydra raises what importing raises
-        return False
-    return f"{getattr(found, '__module__', '')}.".startswith(packages)
+    except Exception as error:  # Hydra raises what importing raises
+        raise ValueError(
+            f"{where}: expected a class that there is, found {name}, which this version of the project does not have."
+        ) from error
+    kind = inspect.isclass(found) and issubclass(found, KINDS)
+    marked = (inspect.isclass(found) or inspect.isfunction(found)) and hasattr(found, MARK)
+    private = any(part.startswith("_") for part in name.split("."))
+    if private or not (kind or marked) or not f"{found.__module__}.".startswith(packages):
+        raise ValueError(
+            f"{where}: expected networks, data, environments, optimisers or what is marked as buildable, found {name}."
+        )
+    return found

@@ -51,7 +51,7 @@ def check_parts(config: DictConfig) -> None:
     """Numbers are in their ranges, and a checkpoint of it can be rebuilt."""
     for part in ("module", "datamodule"):
         check_values(config[part], part)
-        check_targets(OmegaConf.to_container(config[part], resolve=True), Path("last.ckpt"))
+        check_targets(OmegaConf.to_container(config[part], resolve=True), "last.ckpt")
 
 
 def narrow_agent(transitions, *overrides: str):

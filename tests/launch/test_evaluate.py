@@ -11,7 +11,6 @@ import torch
 
 import evaluate
 from launch.errors import run_reporting_errors
-from launch.recipes import check_targets
 
 
 @pytest.fixture(scope="module")
@@ -97,30 +96,6 @@ def test_missing_and_foreign_checkpoints(tmp_path):
     assert "ckpt_path is missing" in call()[2]
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        {"module": {"_target_": "os.system", "command": "true"}},
-        {"module": {"_target_": "components.x", "inner": [{"_target_": "builtins.eval"}]}},
-        {"module": {"_target_": "hydra.utils.get_method", "path": "os.system"}},
-        {"module": {"_target_": "components.networks.ema.torch.load", "f": "x", "weights_only": False}},
-        {"module": {"_target_": "components.networks.ema.torch.hub.load", "repo_or_dir": "x", "model": "x"}},
-    ],
-)
-def test_a_checkpoint_calls_nothing_outside_of_the_project(recipe):
-    with pytest.raises(ValueError, match="expected a recipe of this project's classes, found"):
-        check_targets(recipe, Path("a.ckpt"))
-
-
-def test_a_checkpoint_calls_what_is_trusted_by_name():
-    recipe = {"module": {"_target_": "json.decoder.JSONDecoder"}}
-    with pytest.raises(ValueError, match=r"found json.decoder.JSONDecoder; if it is yours, add trust=json\."):
-        check_targets(recipe, Path("a.ckpt"), ("jso",))
-    check_targets(recipe, Path("a.ckpt"), ("json",))
-    with pytest.raises(ValueError, match="expected a recipe"):  # imported there, but not of there
-        check_targets({"_target_": "json.decoder.scanner.re.compile"}, Path("a.ckpt"), ("json",))
-
-
 def test_an_expert_is_evaluated_with_the_model_that_it_adapts(program, language_folder, tmp_path):
     """What its checkpoint does not hold, the model's weights, is read where they are."""
     trained = program(
@@ -135,11 +110,11 @@ def test_an_expert_is_evaluated_with_the_model_that_it_adapts(program, language_
         f"output_root={tmp_path}",
     )
     assert trained.code == 0, trained.err
-    code, out, err = call(f"ckpt_path={trained.folder}")
+    code, out, err = call(f"ckpt_path={trained.folder}", f"data_root={tmp_path}")
     assert (code, err) == (0, "")
     found = json.loads((Path(out.strip().splitlines()[-1]) / "results.json").read_text())["metrics"]
     expected = json.loads((trained.folder / "svf_larger" / "seed_0" / "results.json").read_text())["metrics"]
     assert found == expected
-    code, out, err = call(f"ckpt_path={trained.folder}", "protocol=x")
+    code, out, err = call(f"ckpt_path={trained.folder}", f"data_root={tmp_path}", "protocol=x")
     assert code != 0
     assert "protocol=x: expected an experiment with an environment, found one without" in err

@@ -1,0 +1,202 @@
+"""What a checkpoint may have built on its word, and what it may not."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch.checkpoints import AtomicCheckpointIO
+from launch.experiments import CONFIGS
+from launch.recipes import LOOK_UPS, check_recipe, check_targets, rebuild
+
+OF_RUNS = ("callbacks.", "launch.", "lightning.")  # not of what is learned
+
+
+def named(node: object) -> set[str]:
+    """What the files of the configuration call."""
+    if isinstance(node, dict):
+        own = {node["path" if node["_target_"] in LOOK_UPS else "_target_"]} if "_target_" in node else set()
+        return own.union(*map(named, node.values()))
+    if isinstance(node, list):
+        own = {item.partition("_target_=")[2] for item in node if isinstance(item, str) and "_target_=" in item}
+        return own.union(*map(named, node))
+    return set()
+
+
+def test_a_recipe_may_have_what_the_configuration_calls():
+    names = set().union(*(named(yaml.safe_load(file.read_text())) for file in CONFIGS.rglob("*.yaml")))
+    assert len(names) > 80
+    for name in sorted(name for name in names if not name.startswith(OF_RUNS)):
+        check_targets({"_target_": name}, "last.ckpt")
+
+
+REFUSED = [
+    "os.system",
+    "builtins.eval",
+    "torch.load",
+    "json",
+    "components.networks.ema.torch.load",
+    "components.networks.ema.torch.hub.load",
+    "components.networks.ema.polyak_update",
+    "components.coding.exemplars.ExemplarMemory",
+    "components.coding.exemplars.ExemplarMemory.save",
+    "components.coding.image_codec.ImageCodec.save",
+    "components.language.experts.Expert",
+    "components.language.experts.Expert.save",
+    "components.language.models._convert",
+    "components.language.singular_values.decompose",
+    "components.files.replacing",
+    "components.buildable.buildable",
+    "components.control.critics",
+    "components.critics.Critics",  # where it was before
+    "callbacks.run_log.RunLog",
+    "callbacks.run_log.RunLog.log_metrics",
+    "datamodules.online.OnlineDataModule.finish",
+    "datamodules.online._Behaviour",
+    "datamodules.replay.ReplayBuffer",
+    "datamodules.replay.delete_replay_files",
+    "datamodules.stored.transitions.write_dataset",
+    "datamodules.stored.transitions.TransitionDataset.save",
+    "datamodules.stored.collect.collect_dataset",
+    "datamodules.stored.collect.shutil.rmtree",
+    "datamodules.pixels.workers.WorkerGroup",
+    "launch.files.write_text",
+    "launch.wandb_logger.wandb_logger",
+    "lightning_modules.base.LearningMethod.minimise",
+    "torch.optim.Optimizer.load_state_dict",
+    "torch.optim.lr_scheduler.LambdaLR",
+]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_nothing_else_is_called(name):
+    for node in (
+        {"_target_": name},
+        {"_target_": "hydra.utils.get_method", "path": name},
+        {"_target_": "components.networks.encoders.FlatObservations", "inner": [{"_target_": name}]},
+    ):
+        with pytest.raises(ValueError, match=r"^last.ckpt: [\w.\[\]]*: expected [^\n]*, found " + name) as refused:
+            check_targets(node, "last.ckpt", key="module")
+        assert len(str(refused.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        "${oc.create:{_target_: os.system}}",  # as Hydra would resolve it
+        {"_target_": "components.networks.encoders.${x}"},
+        {"_target_": ["os.system"]},
+        {"_target_": None},
+        {"_target_": "gymnasium.wrappers.RecordVideo", "video_folder": "x"},
+        {"_target_": "hydra.utils.get_method", "path": "components.control.weighting.sqrt_scaled", "_args_": []},
+        {"_target_": "hydra.utils.get_object", "path": "os.system"},
+    ],
+)
+def test_ways_around_names_are_refused(node):
+    with pytest.raises(ValueError, match=r"^last.ckpt: module"):
+        check_targets({"x": node}, "last.ckpt", key="module")
+
+
+def checkpoint(folder: Path, **recipe: object) -> Path:
+    whole = {"experiment": "x", "study": str(folder), "spec": {}, "module": {}, "datamodule": {}, **recipe}
+    counters = {"class": "x", "updates": 0, "env_steps": 0, "seconds": 0.0, "processes": []}
+    parts = {"state_dict": {}, "optimizer_states": [], "lr_schedulers": [], "pytorch-lightning_version": "2"}
+    path = folder / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({**parts, "learning_method": {**counters, "recipe": whole}}, path)
+    return path
+
+
+def test_nothing_is_called_before_all_is_checked(tmp_path, monkeypatch):
+    """The datamodule's harmful part stands behind a module that could be built."""
+    called = []
+    monkeypatch.setattr("components.networks.encoders.FlatObservations.__init__", lambda *_, **__: called.append(1))
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    memory = {"_target_": "components.coding.exemplars.ExemplarMemory", "store": None, "bytes_per_class": 0}
+    path = checkpoint(
+        tmp_path,
+        module={"_target_": "components.networks.encoders.FlatObservations"},
+        datamodule={
+            "_target_": "components.coding.exemplars.ExemplarMemory.save",
+            "self": memory,
+            "path": str(victim),
+        },
+    )
+    with pytest.raises(ValueError, match=rf"^ckpt_path={path}: datamodule: expected .*found components.coding.exempl"):
+        rebuild(path)
+    assert victim.read_text() == "mine"
+    assert not called
+
+
+def test_what_can_not_be_built_is_one_sentence(tmp_path):
+    module = {"_target_": "components.networks.encoders.FlatObservations", "unknown": 1}
+    path = checkpoint(tmp_path, module=module)
+    with pytest.raises(ValueError, match=rf"^ckpt_path={path}: can't build what it describes \(.*unexpected keyword"):
+        rebuild(path)
+    module = {"_target_": "components.networks.encoders.FlatObservations", "observation_shape": [3]}
+    path = checkpoint(tmp_path, module=module, datamodule=module)
+    with pytest.raises(ValueError, match=r"expected a LightningModule, found FlatObservations\.$"):
+        rebuild(path)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"_target_": "os.system"},
+        {"encoder": {"path": "os.system"}},
+        {"x": [{"_target_": "os.system"}]},
+        {"x": [[{"_target_": "os.system"}]]},
+    ],
+)
+def test_sizes_are_only_sizes(tmp_path, spec):
+    with pytest.raises(ValueError, match=r"^ckpt_path=last.ckpt: expected sizes in its spec, found"):
+        check_recipe({"spec": spec, "module": {}, "datamodule": {}}, Path("last.ckpt"), (), (tmp_path,))
+
+
+@pytest.mark.parametrize(
+    ("target", "argument"),
+    [
+        ("datamodules.stored.humanoid.humanoid_dataset", "root"),
+        ("datamodules.stored.published.exorl_dataset", "root"),
+        ("components.language.models.smollm2", "path"),
+        ("components.language.adapters.SingularValueAdapter", "cache"),
+    ],
+)
+def test_only_folders_of_the_evaluation_are_written_to(tmp_path, target, argument):
+    def check(**arguments: object) -> None:
+        recipe = {"spec": {}, "module": {"part": {"_target_": target, **arguments}}, "datamodule": {}}
+        check_recipe(recipe, Path("last.ckpt"), (), (tmp_path / "data", tmp_path / "study"))
+
+    check(**{argument: str(tmp_path / "data" / "inside")})
+    check(**{argument: str(tmp_path / "study")})
+    check(**{argument: None})
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link").symlink_to(tmp_path)
+    for folder in (tmp_path, tmp_path / "data" / ".." / "other", tmp_path / "data" / "link", "/"):
+        with pytest.raises(
+            ValueError, match=rf"module.part.{argument}=.* may be written to: expected a folder in data"
+        ):
+            check(**{argument: str(folder)})
+    with pytest.raises(ValueError, match="may be written to"):
+        check(_args_=["/"])
+
+
+def test_a_package_of_ones_own_is_trusted_by_name(tmp_path, monkeypatch):
+    (tmp_path / "own_rules.py").write_text(
+        "import os\nfrom components.buildable import buildable\nfrom components.control.pessimism import Pessimism\n"
+        "class Rule(Pessimism):\n    def tell(self): ...\n"
+        "class Writer:\n    def __init__(self, path): open(path, 'w').close()\n"
+        "def function(): ...\n"
+        "@buildable()\ndef factory(): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"found own_rules.Rule; if it is yours, add trust=own_rules\."):
+        check_targets({"_target_": "own_rules.Rule"}, "last.ckpt", ("own_rule",))
+    assert "own_rules" not in sys.modules  # importing it may be harm enough
+    for name in ("Rule", "factory"):
+        check_targets({"_target_": f"own_rules.{name}"}, "last.ckpt", ("own_rules",))
+    for name in ("Rule.tell", "Writer", "function", "os.system", "buildable", "Missing"):
+        with pytest.raises(ValueError, match=f"expected .*, found own_rules.{name}"):
+            check_targets({"_target_": f"own_rules.{name}"}, "last.ckpt", ("own_rules",))
+    sys.modules.pop("own_rules")
