@@ -66,8 +66,8 @@ class Checkpoint(L.Callback):
         if not norms.isfinite().all():
             name = list(weights)[int(norms.isfinite().int().argmin())]
             raise ValueError(
-                f"{name} is not finite after {module.updates} updates: expected finite weights; the last checkpoint "
-                "was taken before and is intact."
+                f"{name} is not finite after {module.updates} updates: expected finite weights; no checkpoint was "
+                "taken of them."
             )
         began = time.monotonic()
         trainer.save_checkpoint(self.path)

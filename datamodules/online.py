@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -17,6 +17,7 @@ from torchrl.collectors import AsyncCollector, Collector
 
 from components.checks import Count, Range, Share, Size, checked
 from components.distributed import rank, world_size
+from components.structure import COUNT
 from datamodules.environment import EnvironmentDataModule
 from datamodules.environments.measured import MeasuredEnv
 from datamodules.replay import STORAGES, ReplayBuffer, delete_replay_files
@@ -57,6 +58,11 @@ class OnlineDataModule(EnvironmentDataModule):
             the last one shows.
         settings: further arguments of `EnvironmentDataModule`.
     """
+
+    state_structure: ClassVar = {
+        "layout": dict,
+        "processes": [{"written": COUNT, "environment": (None, {str: Tensor}), "episode": Tensor}],
+    }
 
     def __init__(
         self,
@@ -138,12 +144,17 @@ class OnlineDataModule(EnvironmentDataModule):
                     "only be resumed with as many."
                 )
             for name, value in self._layout().items():
-                if self._restored["layout"][name] != value:
+                before = self._restored["layout"].get(name)
+                if before != value:
                     raise ValueError(
-                        f"datamodule.{name}={value}: expected {self._restored['layout'][name]} as in the checkpoint, "
-                        "whose episodes and replay data go on."
+                        f"datamodule.{name}={value}: expected {before} as in the checkpoint, whose episodes and replay "
+                        "data go on."
                     )
             own = states[rank()]
+            if own["episode"].shape != self._episode.shape:
+                raise ValueError(
+                    f"The checkpoint's episodes are {list(own['episode'].shape)}, expected {list(self._episode.shape)}."
+                )
             self.replay.restore(own["written"])
             environment = own["environment"]
         if self.collector == "sync":

@@ -1,14 +1,33 @@
 """Writing checkpoints so that a kill at any instant leaves a whole one, and finding them again."""
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from torch import Tensor
 
-from components.files import replacing
+from components.files import check_file, naming, replacing
+from components.structure import COUNT, NUMBER, check_structure
 
 LAST = "last.ckpt"
+RECIPE = {"experiment": str, "study": (str, None), "spec": {str: object}, "module": dict, "datamodule": dict}
+CHECKPOINT = {
+    "pytorch-lightning_version": str,
+    "state_dict": {str: Tensor},
+    "optimizer_states": [{"state": {int: dict}, "param_groups": [{"params": [COUNT]}]}],
+    "lr_schedulers": list,
+    "learning_method": {
+        "class": str,
+        "recipe": (None, RECIPE),
+        "updates": COUNT,
+        "env_steps": COUNT,
+        "seconds": NUMBER,
+        "processes": [{"random": dict, "tallies": [list]}],
+    },
+}
+"""What every checkpoint holds; methods and datamodules add to it."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -34,14 +53,30 @@ def load_checkpoint(path: str | Path, key: str = "ckpt_path") -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: the file is not a whole checkpoint.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{key}={path}: expected a checkpoint file, found none.")
+    path = Path(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
+        check_file(path, "a checkpoint file")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{key}={error}") from None
+    try:
+        with naming(path):
+            _check_archive(path)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
         raise
     except Exception as error:  # torch raises many types for many kinds of damage
         raise ValueError(f"{key}={path}: expected a whole checkpoint, found a damaged or foreign file.") from error
     if not isinstance(checkpoint, dict) or "learning_method" not in checkpoint:
         raise ValueError(f"{key}={path}: expected a checkpoint of this project, found another file.")
+    check_structure(checkpoint, CHECKPOINT, f"{key}={path}")
     return checkpoint
+
+
+def _check_archive(path: Path) -> None:
+    """Compare the checksums of all that an archive holds, which torch leaves out."""
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("a compressed archive, as torch writes none")
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"{damaged} has another checksum")

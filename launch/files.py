@@ -4,7 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from components.files import replacing
+from components.files import read_text, replacing
+from components.structure import COUNT, NUMBER, check_structure
+
+METRICS = {str: [NUMBER]}
+RESULTS = {"updates": COUNT, "seconds": NUMBER, "metrics": METRICS}
+"""Of one run, beside the recipe that it was made by."""
+REFERENCE_RESULTS = {str: METRICS}
+COMPLETION_RESULTS = {str: [{"question": str, "answer": str, "completion": str, "right": bool}]}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -16,3 +23,18 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path, structure: Any) -> Any:
+    """What a file of JSON holds, of a structure as `check_structure` takes it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else; names the part.
+    """
+    try:
+        content = json.loads(read_text(path, "a file of JSON"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: expected JSON, found something else ({error}).") from error
+    check_structure(content, structure, str(path))
+    return content

@@ -11,7 +11,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from launch.curves import draw_curves
-from launch.files import write_json, write_text
+from launch.files import COMPLETION_RESULTS, REFERENCE_RESULTS, RESULTS, read_json, write_json, write_text
 from launch.overrides import WHERE, departures, train_command
 from launch.statistics import LEVEL, RESAMPLES, bootstrap_interval, interquartile_mean
 
@@ -39,7 +39,7 @@ def write_report(
     Args:
         remarks: what is to be said of these very runs, beside the experiment's notes.
     """
-    results = {run: json.loads(run.results.read_text()) for run in runs}
+    results = {run: read_json(run.results, RESULTS) for run in runs}
     seeds = sorted({run.seed for run in runs})
     found: dict[str, dict[str, dict[int, list[float]]]] = {run.arm: {} for run in runs}  # by arm, metric and seed
     for run, result in results.items():
@@ -51,7 +51,7 @@ def write_report(
     }
     aggregate = {arm: one for arm, metrics in arms.items() if (one := _aggregate(metrics, config.aggregate))}
     if (folder / REFERENCES).exists():
-        for arm, metrics in json.loads((folder / REFERENCES).read_text()).items():
+        for arm, metrics in read_json(folder / REFERENCES, REFERENCE_RESULTS).items():
             arms[arm] = {metric: _spread(values, "episodes") for metric, values in metrics.items()}
     summary = {
         "experiment": config.name,
@@ -256,7 +256,7 @@ def _provenance(made: Sequence[Mapping[str, Any]]) -> list[str]:
 def _completions(runs: Sequence[Any]) -> list[str]:
     """Tables of what the language models of the first seed's runs said to the first questions of each test."""
     first = [run for run in runs if run.seed == runs[0].seed and (run.folder / COMPLETIONS).exists()]
-    said = {run.arm: json.loads((run.folder / COMPLETIONS).read_text()) for run in first}
+    said = {run.arm: read_json(run.folder / COMPLETIONS, COMPLETION_RESULTS) for run in first}
     lines = []
     for test in dict.fromkeys(test for tests in said.values() for test in tests):
         arms = [arm for arm, tests in said.items() if test in tests]

@@ -240,7 +240,7 @@ class ActorCritic(LearningMethod):
         if abs(metrics.get("q_mean", 0.0)) > self.value_limit:
             raise ValueError(
                 f"train/q_mean became {metrics['q_mean']:.3g} by update {self.updates}: the critics diverge, expected "
-                f"at most module.value_limit={self.value_limit:g}; the last checkpoint was taken before and is intact."
+                f"at most module.value_limit={self.value_limit:g}; no checkpoint was taken of it."
             )
         return metrics
 

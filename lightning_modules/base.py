@@ -277,8 +277,8 @@ class LearningMethod(L.LightningModule, ABC):
         for name, value in metrics.items():
             if not np.isfinite(value):
                 raise ValueError(
-                    f"train/{name} became {value} by update {self.updates}: expected finite numbers; the last "
-                    "checkpoint was taken before and is intact."
+                    f"train/{name} became {value} by update {self.updates}: expected finite numbers; no checkpoint "
+                    "was taken of it."
                 )
         return metrics
 
@@ -340,6 +340,38 @@ class LearningMethod(L.LightningModule, ABC):
         differing = difference(checkpoint["state_dict"], self.state_dict())
         if differing is not None:
             raise ValueError(f"{differing}.")
+        for name, _ in self.named_parameters():
+            if name in checkpoint["state_dict"] and not checkpoint["state_dict"][name].isfinite().all():
+                raise ValueError(f"The checkpoint's {name} is not finite, expected finite weights.")
+        self._check_optimizers(checkpoint.get("optimizer_states", []))
+        for process in checkpoint["learning_method"]["processes"]:
+            _check_random_state(process["random"])
+            for tally in process["tallies"]:
+                names, total, count = tally if len(tally) == 3 else ((), None, None)
+                if not isinstance(total, Tensor) or total.shape != (len(names),) or not isinstance(count, int):
+                    raise ValueError("The checkpoint's tallies: expected names, their sums and a count, found others.")
+
+    def _check_optimizers(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Raise a ValueError if optimiser states are not of this method's optimisers."""
+        own = [
+            [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            for optimizer in self._optimizers
+        ]
+        found = [[index for group in state["param_groups"] for index in group["params"]] for state in states]
+        if list(map(len, found)) != list(map(len, own)):
+            raise ValueError(
+                f"The checkpoint's optimisers have {list(map(len, found))} parameters, expected {list(map(len, own))}."
+            )
+        for number, (state, indices, parameters) in enumerate(zip(states, found, own)):
+            for index, parameter in zip(indices, parameters):
+                for name, value in state["state"].get(index, {}).items():
+                    if isinstance(value, Tensor) and value.shape not in ((), parameter.shape):
+                        raise ValueError(
+                            f"The checkpoint's {name} of optimiser {number}, parameter {index}, is "
+                            f"{list(value.shape)}, expected {list(parameter.shape)}."
+                        )
+                    if isinstance(value, Tensor) and not value.isfinite().all():
+                        raise ValueError(f"The checkpoint's {name} of optimiser {number} is not finite.")
 
     progress: tuple[str, ...] = ()
     """What names of state begin with that says how far a run has come: `begin_from` leaves it."""
@@ -378,6 +410,17 @@ class LearningMethod(L.LightningModule, ABC):
         self._tallies = {}
         for names, total, count in tallies:
             self.tally(tuple(names), total.to(self.device), count)
+
+
+def _check_random_state(state: Mapping[str, Any]) -> None:
+    """Raise a ValueError if a state can't be restored."""
+    own = random_state()
+    try:
+        set_random_state(state)
+    except Exception as error:  # each generator raises types of its own
+        raise ValueError("The checkpoint's random states: expected what random_state gives, found another.") from error
+    finally:
+        set_random_state(own)
 
 
 def random_state() -> dict[str, Any]:

@@ -238,4 +238,4 @@ class ExpertAdaptation(LearningMethod):
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         super().check_checkpoint(checkpoint)
-        self.language.check_base(checkpoint["learning_method"]["base"])
+        self.language.check_base(checkpoint["learning_method"].get("base"))

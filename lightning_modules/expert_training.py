@@ -248,7 +248,7 @@ class ExpertTraining(LearningMethod):
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         super().check_checkpoint(checkpoint)
-        self.language.check_base(checkpoint["learning_method"]["base"])
+        self.language.check_base(checkpoint["learning_method"].get("base"))
 
     def begin_from(self, checkpoint: Mapping[str, Any], parts: Sequence[str] | None = None) -> dict[str, list[str]]:
         self.language.check_base(checkpoint["learning_method"].get("base", "of another method"))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import numpy as np
@@ -21,6 +21,7 @@ from components.coding.class_incremental import average_incremental_accuracy, fo
 from components.coding.exemplars import ExemplarMemory, ImageStore, RawStore
 from components.coding.image_codec import STREAMS, ImageCodec
 from components.distributed import rank, world_size
+from components.structure import COUNT
 from datamodules.images.readers import LabelledImages
 from datamodules.sampling import EvaluationTasks, FixedTasks, Stacks, batch_generator
 
@@ -201,6 +202,8 @@ class ClassIncrementalDataModule(ImageDataModule):
         settings: of `ImageDataModule`.
     """
 
+    state_structure: ClassVar = {"finished": COUNT, "fallbacks": COUNT, "memory": Tensor, "raw": Tensor}
+
     def __init__(
         self,
         dataset: Callable[[], LabelledImages],
@@ -377,6 +380,9 @@ class ClassIncrementalDataModule(ImageDataModule):
         return {"finished": self.finished, "fallbacks": self.fallbacks, **files}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        tasks = len(self.task_updates)
+        if state_dict["finished"] > tasks:
+            raise ValueError(f"The checkpoint has finished {state_dict['finished']} tasks, expected at most {tasks}.")
         self.finished, self.fallbacks = state_dict["finished"], state_dict["fallbacks"]
         classes = self.seen(self.finished - 1) if self.finished else 0
         for name, memory in (("memory", self.memory), ("raw", self.raw)):

@@ -4,7 +4,7 @@ Dimensions: n transitions or samples, T rewards, O observation, A action.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -36,6 +36,8 @@ class OfflineDataModule(EnvironmentDataModule):
         on_device: keep the data set in the training device's memory.
         settings: further arguments of `EnvironmentDataModule`.
     """
+
+    state_structure: ClassVar = {"data": dict}
 
     def __init__(
         self,

@@ -9,7 +9,20 @@ import torch
 
 from launch.checkpoints import AtomicCheckpointIO, load_checkpoint
 
-GOOD = {"learning_method": {"updates": 10}, "state_dict": {"weight": torch.arange(1000.0)}}
+GOOD = {
+    "pytorch-lightning_version": "2",
+    "state_dict": {"weight": torch.arange(1000.0)},
+    "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"params": [0], "lr": 0.1}]}],
+    "lr_schedulers": [],
+    "learning_method": {
+        "class": "Toy",
+        "recipe": {"experiment": "x", "study": None, "spec": {}, "module": {}, "datamodule": {}},
+        "updates": 10,
+        "env_steps": 0,
+        "seconds": 0.5,
+        "processes": [{"random": {}, "tallies": []}],
+    },
+}
 
 
 def test_kill_between_writing_and_renaming_leaves_the_previous_checkpoint(tmp_path):
@@ -24,7 +37,7 @@ def test_kill_between_writing_and_renaming_leaves_the_previous_checkpoint(tmp_pa
             time.sleep(60)
 
         os.replace = hang
-        AtomicCheckpointIO().save_checkpoint({"learning_method": {"updates": 20}, "state_dict": {}}, path)
+        AtomicCheckpointIO().save_checkpoint({**GOOD, "learning_method": {"updates": 20}}, path)
         os._exit(1)
     assert os.read(reached, 1) == b"!"
     os.kill(writer, signal.SIGKILL)
@@ -60,5 +73,67 @@ def test_files_that_are_no_checkpoints_are_named(tmp_path, damage):
 
 
 def test_missing_checkpoint_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"expected a checkpoint file, found none"):
+    with pytest.raises(FileNotFoundError, match=r"^ckpt_path=.*: expected a checkpoint file, found none"):
+        load_checkpoint(tmp_path / "last.ckpt")
+
+
+def paths(node, path=()):
+    """Where the parts of a nested structure are."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        yield (*path, key)
+        yield from paths(value, (*path, key))
+
+
+def changed(node, path, change):
+    """A copy in which `change` was done to the container and the key of one part."""
+    if len(path) > 1:
+        copied = dict(node) if isinstance(node, dict) else list(node)
+        copied[path[0]] = changed(node[path[0]], path[1:], change)
+        return copied
+    copied = dict(node) if isinstance(node, dict) else list(node)
+    change(copied, path[0])
+    return copied
+
+
+FREE = {"lr", "exp_avg"}  # what optimisers hold is compared with what they would
+
+
+@pytest.mark.parametrize("path", [path for path in paths(GOOD) if not FREE & set(path)], ids=str)
+def test_every_part_that_is_missing_or_of_another_type_is_named(tmp_path, path):
+    def drop(node, key):
+        del node[key]
+
+    def replace(node, key):
+        node[key] = {"odd": 1} if isinstance(node[key], list | str | int | float | torch.Tensor) else 5
+
+    (tmp_path / "last.ckpt").touch()
+    for change in (drop, replace):
+        if change is drop and not isinstance(path[-1], str):
+            continue  # lists may be shorter
+        if change is drop and path[0] == "state_dict" and len(path) > 1:
+            continue  # what there must be is the method's to know
+        torch.save(changed(GOOD, path, change), tmp_path / "last.ckpt")
+        with pytest.raises(
+            ValueError, match=rf"^ckpt_path={tmp_path}/last.ckpt[^\n]*: expected [^\n]*, found [^\n]*\.$"
+        ):
+            load_checkpoint(tmp_path / "last.ckpt")
+
+
+def test_flipped_bits_do_not_load(tmp_path):
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint(GOOD, path)
+    whole = path.read_bytes()
+    place = whole.index(GOOD["state_dict"]["weight"].numpy().tobytes()) + 2000
+    for flipped in (place, whole.index(b"exp_avg")):
+        path.write_bytes(whole[:flipped] + bytes([whole[flipped] ^ 4]) + whole[flipped + 1 :])
+        with pytest.raises(ValueError, match="expected a whole checkpoint, found a damaged or foreign file"):
+            load_checkpoint(path)
+    path.write_bytes(whole)
+    assert torch.equal(load_checkpoint(path)["state_dict"]["weight"], GOOD["state_dict"]["weight"])
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink(path, path)])
+def test_what_is_no_file_is_named(tmp_path, make):
+    make(tmp_path / "last.ckpt")
+    with pytest.raises(FileNotFoundError, match=rf"^ckpt_path={tmp_path}/last.ckpt: expected a checkpoint file, found"):
         load_checkpoint(tmp_path / "last.ckpt")

@@ -37,6 +37,7 @@ def checkpoint(experiment: str, overrides: tuple[str, ...], spec: dict) -> dict:
     method.recipe = {
         "experiment": experiment,
         "spec": spec,
+        "study": None,
         "module": module,
         "datamodule": {"_target_": "datamodules.x"},
     }
@@ -44,7 +45,12 @@ def checkpoint(experiment: str, overrides: tuple[str, ...], spec: dict) -> dict:
         for state in method.state_dict().values():
             if state.is_floating_point():
                 state += 0.1 * torch.rand_like(state)  # also statistics that observations are standardised by
-    saved = {"state_dict": method.state_dict()}
+    saved = {
+        "state_dict": method.state_dict(),
+        "optimizer_states": [optimizer.state_dict() for optimizer in method.configure_optimizers()],
+        "lr_schedulers": [],
+        "pytorch-lightning_version": "2",
+    }
     method.on_save_checkpoint(saved)
     return saved
 

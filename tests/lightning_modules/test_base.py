@@ -276,3 +276,35 @@ def test_a_run_that_begins_from_another_takes_its_weights_and_no_progress(tmp_pa
     assert method.begin_from(checkpoint)["taken"] == ["net"]
     assert torch.equal(method.net.weight, done.net.weight)
     assert torch.equal(method.net.bias, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda saved: saved["state_dict"]["net.bias"].fill_(torch.nan), "net.bias is not finite, expected finite"),
+        (lambda saved: saved["optimizer_states"].pop(), r"optimisers have \[\] parameters, expected \[2\]"),
+        (
+            lambda saved: saved["optimizer_states"][0]["param_groups"][0]["params"].pop(),
+            r"optimisers have \[1\] parameters, expected \[2\]",
+        ),
+        (
+            lambda saved: saved["optimizer_states"][0]["state"][0].update(exp_avg=torch.zeros(2)),
+            r"exp_avg of optimiser 0, parameter 0, is \[2\], expected \[1, 3\]",
+        ),
+        (
+            lambda saved: saved["optimizer_states"][0]["state"][1]["exp_avg"].fill_(torch.inf),
+            "exp_avg of optimiser 0 is not finite",
+        ),
+        (lambda saved: saved["learning_method"]["processes"][0]["random"].pop("python"), "random states: expected"),
+        (lambda saved: saved["learning_method"]["processes"][0]["random"].update(torch=torch.ones(2)), "random states"),
+        (lambda saved: saved["learning_method"]["processes"][0].update(tallies=[[["a"], 5, 1]]), "tallies: expected"),
+    ],
+)
+def test_damaged_parts_of_a_checkpoint_are_named_and_nothing_is_changed(whole, change, message):
+    saved, method = load_checkpoint(whole / "10" / "last.ckpt"), fresh()
+    method.check_checkpoint(saved)
+    before = random_state()
+    change(saved)
+    with pytest.raises(ValueError, match=message):
+        method.check_checkpoint(saved)
+    assert equal(random_state(), before)
