@@ -60,7 +60,13 @@ class Shard:
 
 
 def dataset_folder(root: str | Path, name: str, recipe: Mapping[str, Any]) -> Path:
-    """`root/NAME-HASH`: another recipe is another folder, so that no data set is ever taken for another."""
+    """`root/NAME-HASH`: another recipe is another folder, so that no data set is ever taken for another.
+
+    Raises:
+        ValueError: the name is a path, out of `root`.
+    """
+    if Path(name).name != name:
+        raise ValueError(f"{name}: expected the name of a data set, found a path.")
     return Path(root) / f"{name}-{hashlib.sha256(_canonical(recipe).encode()).hexdigest()[:8]}"
 
 

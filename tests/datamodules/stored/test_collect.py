@@ -311,3 +311,9 @@ def test_progress_without_a_terminal_is_lines(tmp_path, capsys, monkeypatch):
     assert "about 1 s" in lines[0]
     assert "2.0 of 4 shards" in lines[2]
     assert lines[2].endswith("left.")
+
+
+def test_a_name_is_no_path(tmp_path):
+    for name in ("../walker", "/walker", "a/b"):
+        with pytest.raises(ValueError, match=f"^{name}: expected the name of a data set, found a path"):
+            dataset_folder(tmp_path, name, {})
