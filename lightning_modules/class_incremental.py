@@ -49,7 +49,7 @@ class ClassIncremental(LearningMethod):
     """
 
     progress_bar_metrics = ("loss", "accuracy")
-    progress = ("task", "seen", "accuracies", "overall")
+    kept = ("task", "seen", "accuracies", "overall", "mean", "std")
 
     def __init__(
         self,
@@ -130,8 +130,6 @@ class ClassIncremental(LearningMethod):
     @torch.no_grad()
     def end_task(self, known: int) -> None:
         """A task is learned, before which there were `known` classes."""
-        # Statistics of batch normalisation are each process's own until here.
-        average_([buffer for buffer in self.network.buffers() if buffer.is_floating_point()])
         if self.align and known:
             align_weights(self.head.weight, known, int(self.seen.sum()))
 
@@ -164,6 +162,12 @@ class ClassIncremental(LearningMethod):
         self.minimise(loss, self.optimizer)
         metrics = {"loss": loss, **metrics}
         return TensorDict({name: value.detach() for name, value in metrics.items()})
+
+    def run_update(self, batch: TensorDict) -> TensorDict:
+        metrics = super().run_update(batch)
+        # Batch normalisation sees a process's own share of a batch; its running statistics are those of all.
+        average_([buffer for buffer in self.network.buffers() if buffer.is_floating_point()])
+        return metrics
 
     def contrastive_loss(self, pair: Tensor, label: Tensor) -> Tensor:
         """Of images beside their reconstructions [P, 2, C, H, H], each augmented by itself, and their classes [P]."""

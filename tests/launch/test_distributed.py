@@ -28,7 +28,7 @@ from components.control.pessimism import DualPessimism, MinimumPessimism
 from components.control.policies import ClippedGaussianPolicy, TanhGaussianPolicy
 from components.distributed import rank, world_size
 from components.language.adapters import SingularValueAdapter
-from components.networks.classifiers import SmallConvNet
+from components.networks.classifiers import ResNet, SmallConvNet
 from components.networks.encoders import FeatureTrunk, PixelEncoder
 from components.networks.ensemble import EnsembleMLP, EnsembleResidualMLP
 from components.networks.signal_mixing import SignalMixing
@@ -136,6 +136,7 @@ def gradients() -> dict[str, list[torch.Tensor]]:
     labels = (torch.arange(ROWS) % 3)[share]
     for positives in ("class", "instance"):
         found[f"classifier, {positives}"] = classifier_gradients(pairs, labels, positives)
+    found["classifier, statistics"] = classifier_statistics(pairs[:, 0], labels)
     found["autoencoder"] = autoencoder_gradients(pairs[:, 0])
     tokens = torch.randint(3, 30, (ROWS, 8), generator=generator)[share]
     rewards = torch.randn(ROWS, generator=generator)[share]
@@ -184,6 +185,23 @@ def classifier_gradients(pairs: torch.Tensor, labels: torch.Tensor, positives: s
     module.begin_task(0, 3)
     loss = torch.nn.functional.cross_entropy(module.logits(module.features(pairs[:, 0])), labels)
     return minimised(module, loss + module.contrastive_loss(pairs, labels), module.optimizer)
+
+
+def classifier_statistics(images: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
+    """Running means of the first batch normalisation, whose inputs are the same however a batch is shared."""
+    torch.manual_seed(3)
+    module = ClassIncremental(
+        [1, 8, 8],
+        3,
+        network=partial(ResNet, depth=1),
+        task_updates=[2],
+        optimizer=partial(torch.optim.SGD, lr=0.0),
+        updates=2,
+    )
+    module.begin_task(0, 3)
+    for _ in range(2):
+        module.run_update(TensorDict({"image": images // 4, "label": labels}, [len(images)]))  # dark: no mean of zero
+    return [module.network.layers[1].running_mean]
 
 
 def expert_gradients(
@@ -288,6 +306,7 @@ CASES = [
     "pixels",
     "classifier, class",
     "classifier, instance",
+    "classifier, statistics",
     "autoencoder",
     "code model",
     "expert, none",
