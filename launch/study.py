@@ -112,6 +112,9 @@ def _run_study(folder: Path, overrides: list[str]) -> float | None:
         check_values(configs[run])
     pending = [run for run in runs if not _finished(run, configs[run])]
     _check_finished(runs, pending, configs)
+    for run in pending:
+        if configs[run].init_from is not None and not run.checkpoint.exists():
+            only_checkpoint(configs[run].init_from, "init_from")  # now, not when those before it are trained
     announce(config, overrides, runs, pending)
     try:
         for run in pending:
@@ -225,11 +228,10 @@ def _begin(module: L.LightningModule, config: DictConfig) -> str:
     Raises:
         FileNotFoundError, ValueError: `init_from` or `init_parts` names what is not there or does not fit.
     """
-    path = only_checkpoint(str(config.init_from), "init_from")
+    path = only_checkpoint(config.init_from, "init_from")
     saved = load_checkpoint(path, "init_from")
-    parts = None if config.init_parts is None else [str(part) for part in config.init_parts]
     try:
-        found = module.begin_from(saved, parts)
+        found = module.begin_from(saved, config.init_parts)
     except ValueError as error:
         raise ValueError(f"init_from={path}: {error}") from error
     named = "; ".join(f"{what}: {', '.join(names) or 'nothing'}" for what, names in found.items())

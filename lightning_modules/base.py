@@ -373,8 +373,8 @@ class LearningMethod(L.LightningModule, ABC):
                     if isinstance(value, Tensor) and not value.isfinite().all():
                         raise ValueError(f"The checkpoint's {name} of optimiser {number} is not finite.")
 
-    progress: tuple[str, ...] = ()
-    """What names of state begin with that says how far a run has come: `begin_from` leaves it."""
+    kept: tuple[str, ...] = ()
+    """What names of state begin with that `begin_from` leaves: how far a run has come, and what its settings say."""
 
     def begin_from(self, checkpoint: Mapping[str, Any], parts: Sequence[str] | None = None) -> dict[str, list[str]]:
         """Take the state of another run, of whatever method: weights, targets, running averages; no optimiser or clock.
@@ -389,7 +389,7 @@ class LearningMethod(L.LightningModule, ABC):
             ValueError: what is to be taken has other names or shapes.
         """
         saved, own = (
-            {name: tensor for name, tensor in state.items() if not name.startswith(self.progress)}
+            {name: tensor for name, tensor in state.items() if not name.startswith(self.kept)}
             for state in (checkpoint["state_dict"], self.state_dict())
         )
         taken = select(saved, own, parts)

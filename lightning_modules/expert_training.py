@@ -66,7 +66,7 @@ class ExpertTraining(LearningMethod):
     """
 
     progress_bar_metrics = ("accuracy", "loss")
-    progress = ("best_",)
+    kept = ("best_",)
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from torchrl.data import Bounded
 from torchrl.modules import TanhNormal
 from torchrl.objectives import SACLoss, TD3Loss, ValueEstimators
 
-from components.control.actors import DeterministicActor, EntropyTemperature, GaussianActor
+from components.control.actors import DeterministicActor, EntropyTemperature, GaussianActor, ScheduledNoiseActor
 from components.control.pessimism import (
     DualPessimism,
     FixedPessimism,
@@ -394,6 +394,20 @@ def test_cuda_graphs_with_and_without_the_actor_learn_as_eager_updates_do(transi
     # Other random numbers, but the same rule on the same data: replays go on learning, as fast and the same way.
     assert 0.5 < captured.norm() / eager.norm() < 2
     assert torch.cosine_similarity(eager, captured, dim=0) > 0.3
+
+
+@pytest.mark.parametrize(("pessimism", "beta"), [(FixedPessimism, 0.2), (DualPessimism, 0.5)])
+def test_another_run_gives_what_is_learned_and_not_what_is_set(pessimism, beta):
+    actor = partial(ScheduledNoiseActor, network=NETWORK, anneal_steps=10)
+    done, made = (agent(actor=actor, pessimism=pessimism(before), target_actor=True) for before in (0.5, 0.2))
+    done.advance(10)
+    for parameter in done.actor.parameters():
+        parameter.data += 1
+    made.begin_from({"state_dict": done.state_dict()})
+    for found, expected in zip(made.actor.parameters(), done.actor.parameters()):
+        assert torch.equal(found, expected)
+    assert (made.actor.std.item(), made.target_actor.std.item()) == (1.0, 1.0)
+    assert made.pessimism.beta.item() == pytest.approx(beta)
 
 
 def test_gradient_of_the_actor_is_clipped(transitions):

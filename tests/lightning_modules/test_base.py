@@ -271,7 +271,7 @@ def test_a_run_that_begins_from_another_takes_its_weights_and_no_progress(tmp_pa
     assert torch.equal(method.net.weight, done.net.weight)
     assert (method.updates, method.env_steps, method.optimizer.state_dict()["state"]) == (0, 0, {})
     method = OtherToy()
-    method.progress = ("net.bias",)
+    method.kept = ("net.bias",)
     before = method.net.bias.clone()
     assert method.begin_from(checkpoint)["taken"] == ["net"]
     assert torch.equal(method.net.weight, done.net.weight)

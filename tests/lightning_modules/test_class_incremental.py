@@ -40,12 +40,13 @@ def test_another_run_gives_its_network_and_the_first_task_begins():
     module = made()
     module.begin_task(0, 2)
     module.update(batch())
-    other = made(task_updates=[4, 6])  # as many as accuracies are kept of
+    other = made(task_updates=[4, 6], mean=0.3)  # accuracies of fewer tasks
     other.begin_from({"state_dict": module.state_dict()})
     found, expected = other.network.state_dict(), module.network.state_dict()
     assert found
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert (int(other.task), int(other.seen.sum())) == (-1, 0)
+    assert other.mean.item() == pytest.approx(0.3)
 
 
 def test_loss_is_the_cross_entropy_of_classes_seen():
