@@ -2,12 +2,15 @@
 
 import re
 import shlex
+import sys
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 
+INSTALLED = "tenfold-train"
 SEARCH_PATH = "hydra.searchpath"
 """Folders of configurations beside the project's own."""
 WHERE = ("experiment", "seed", "output_root", "data_root", "ckpt_path", "logger", "hydra")
@@ -43,4 +46,9 @@ def quoted(text: str) -> str:
 
 def train_command(*overrides: str) -> str:
     """The command that trains with these overrides, as it can be pasted into a shell."""
-    return shlex.join(["python", "train.py", *overrides])
+    return shlex.join([*train_program().split(), *overrides])
+
+
+def train_program() -> str:
+    """What trains: an installation has no train.py."""
+    return INSTALLED if Path(sys.argv[0]).name == INSTALLED else "python train.py"

@@ -1,0 +1,110 @@
+"""Score, draw and film a checkpoint, for the tasks of its experiment or for a reward of your own.
+
+    python evaluate.py ckpt_path=PATH [reward=EXPRESSION] [protocol=NAME] [episodes=10] [seconds=10, of the films]
+                       [threads=N] [trust=PACKAGE,...] [data_root=data]
+
+PATH is a checkpoint, a run's folder, or `last`. EXPRESSION is written over the environment's named quantities, such as
+"head_height < 1.25 and torso_upright > 0.9" or "tolerance(left_hand_height, 1.5, inf, 0.3)"; a wrong name lists them
+all. A checkpoint of classes outside of this project, your own, is only rebuilt if their package is trusted by name.
+Data sets that the evaluation needs and does not find are only made in data_root.
+"""
+
+import shlex
+import sys
+from typing import Any
+
+import lightning as L
+import torch
+
+from callbacks.results import Films, Results, RewardCurves
+from launch.errors import CommandLineError
+from launch.files import write_json
+from launch.recipes import find_checkpoint, find_checkpoints, rebuild, study_of
+from launch.report import write_evaluation
+from launch.runs import new_folder
+from launch.stops import leave_signals, stopping_at_once
+from launch.study import quieten
+
+DEFAULTS = {
+    "ckpt_path": None,  # what to evaluate
+    "reward": None,  # an expression; None evaluates the experiment's own tasks
+    "protocol": None,  # one of the experiment's ways to start episodes; None takes all
+    "episodes": 10,
+    "seconds": 10.0,  # length of the films
+    "threads": 0,  # of PyTorch; 0 leaves the number to it
+    "trust": None,  # packages outside of the project that may be called on the checkpoint's word, by commas
+    "data_root": "data",  # the only folder, but that of the run, that is written to
+    "output_root": "outputs",
+}
+LARGEST = 2**16  # of numbers, of which time and memory are a multiple
+
+
+def parse(arguments: list[str]) -> dict[str, Any]:
+    """The arguments key=value over their defaults, numbers where the default is one.
+
+    Raises:
+        CommandLineError: an argument is unknown, malformed or missing.
+    """
+    given = dict(DEFAULTS)
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals or key not in DEFAULTS:
+            raise CommandLineError(
+                f"Unknown argument {argument}: expected key=value, key one of {', '.join(DEFAULTS)}."
+            )
+        kind = type(DEFAULTS[key])
+        if kind not in (int, float):
+            given[key] = text
+            continue
+        try:
+            given[key] = kind(text)
+        except ValueError:
+            given[key] = 0
+        if not 0 < given[key] <= LARGEST:
+            whole = "whole " * (kind is int)
+            raise CommandLineError(f"{argument}: expected a {whole}number above 0, at most {LARGEST}.")
+    if given["ckpt_path"] is None:
+        raise CommandLineError("ckpt_path is missing: expected a checkpoint, a run's folder, or last.")
+    return given
+
+
+def main() -> None:
+    if any(argument in ("-h", "--help") for argument in sys.argv[1:]):
+        print(__doc__)
+        return
+    given = parse(sys.argv[1:])
+    quieten()
+    if given["threads"]:
+        torch.set_num_threads(given["threads"])
+    path = find_checkpoint(given["ckpt_path"], given["output_root"])
+    trust = tuple(given["trust"].split(",")) if given["trust"] else ()
+    module, datamodule, recipe = rebuild(path, trust, given["data_root"])
+    datamodule.choose_tasks(given["protocol"], given["reward"])
+    datamodule.episodes = given["episodes"]
+    print(f"Evaluating {path} ({recipe['experiment']}, {module.updates} updates).", flush=True)
+    study = study_of(path)
+    others = [] if study is None else [other for other in find_checkpoints(study) if other != path.resolve()]
+    if others:
+        another = shlex.quote(f"ckpt_path={others[0]}")
+        print(f"The study has {len(others)} more: name one to evaluate it, such as {another}", flush=True)
+
+    beside = path.resolve().parent
+    run = beside.parent if beside.name == "checkpoints" else beside
+    folder = new_folder(run / "evaluations")
+    callbacks = [RewardCurves(folder), Films(folder, seconds=given["seconds"]), Results(folder)]
+    trainer = L.Trainer(
+        accelerator="auto",
+        devices=1,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        inference_mode=False,
+    )
+    leave_signals(trainer)
+    with stopping_at_once():
+        trainer.test(module, datamodule=datamodule, verbose=False)
+    write_json(folder / "evaluation.json", {**given, "ckpt_path": str(path)})
+    print(write_evaluation(f"{recipe['experiment']} after {module.updates} updates", folder))
+    print(folder)
