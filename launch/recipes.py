@@ -10,6 +10,9 @@ import lightning as L
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.strategies import Strategy
 from torch import nn
 from torchrl.envs import EnvBase
 
@@ -22,6 +25,9 @@ from launch.runs import RUN_FILE
 # would follow it through a module of the project into whatever that module imports.
 KINDS = (nn.Module, L.LightningDataModule, EnvBase, gymnasium.Env, torch.optim.Optimizer)
 FOLDERS = ("components", "datamodules", "lightning_modules", "torch.optim")
+# The same holds for what a run's folder says that it was started with, which has more parts.
+RUN_KINDS = (*KINDS, L.Callback, L.Trainer, Logger, Strategy, CheckpointIO)
+RUN_FOLDERS = (*FOLDERS, "callbacks", "launch", "lightning")
 LOOK_UPS = ("hydra.utils.get_class", "hydra.utils.get_method")
 
 
@@ -194,6 +200,15 @@ def check_targets(
     return found
 
 
+def foreign_packages(node: Any) -> set[str]:
+    """Packages that a configuration calls something of, besides the project's."""
+    if isinstance(node, Mapping):
+        name = str(node.get("path" if node.get("_target_") in LOOK_UPS else "_target_", ""))
+        own = not name or name.startswith(tuple(f"{folder}." for folder in RUN_FOLDERS))
+        return set().union([] if own else [name.partition(".")[0]], *map(foreign_packages, node.values()))
+    return set().union(*map(foreign_packages, _list(node)))
+
+
 def _list(value: Any) -> list[Any] | tuple[Any, ...]:
     return value if isinstance(value, list | tuple) else ()
 
@@ -212,7 +227,7 @@ def _buildable(name: str, where: str, trust: tuple[str, ...], folders: tuple[str
         raise ValueError(
             f"{where}: expected a class that there is, found {name}, which this version of the project does not have."
         ) from error
-    kind = inspect.isclass(found) and issubclass(found, KINDS)
+    kind = inspect.isclass(found) and issubclass(found, RUN_KINDS)  # of a recipe's folders, only KINDS can be reached
     marked = (inspect.isclass(found) or inspect.isfunction(found)) and hasattr(found, MARK)
     private = any(part.startswith("_") for part in name.split("."))
     if private or not (kind or marked) or not f"{found.__module__}.".startswith(packages):

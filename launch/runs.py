@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -10,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from components.files import read_text
+from components.structure import check_structure
 from launch.experiments import is_group
 from launch.files import write_text
 from launch.overrides import SEARCH_PATH, given_value, override_key
@@ -51,9 +54,25 @@ def new_folder(parent: Path) -> Path:
 
 
 def read_overrides(folder: Path) -> list[str]:
-    """What the run in a folder was started with; nothing if none was."""
+    """What the run in a folder was started with; nothing if none was.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is none, or damaged.
+    """
     path = folder / RUN_FILE
-    return yaml.safe_load(path.read_text())["overrides"] if path.exists() else []
+    if not path.exists() and not path.is_symlink():
+        return []
+    try:
+        content = yaml.safe_load(read_text(path, "what a run was started with"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: expected YAML, found something else ({' '.join(str(error).split())}).") from error
+    check_structure(content, {"overrides": [str]}, str(path))
+    for override in content["overrides"]:
+        key = override_key(override)
+        # What Hydra is told it would call before anything is checked.
+        if key == "trust" or (key != SEARCH_PATH and "hydra" in re.split(r"[/@.:]", key)):
+            raise ValueError(f"{path}: expected what a run is made of, found {key}, which only a person may set.")
+    return content["overrides"]
 
 
 def write_overrides(folder: Path, overrides: list[str]) -> None:

@@ -25,11 +25,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from components.checks import Size
+from components.structure import check_structure
 from launch.checkpoints import LAST, load_checkpoint
 from launch.errors import CommandLineError, Stopped
-from launch.files import write_json
+from launch.files import RESULTS, read_json, write_json
 from launch.overrides import SEARCH_PATH, given_value, override_key, quoted, train_command
-from launch.recipes import only_checkpoint
+from launch.recipes import RUN_FOLDERS, check_targets, foreign_packages, only_checkpoint
 from launch.report import REFERENCES, write_report
 from launch.runs import LOCK, RUN_FILE, check_folder_name, lasting, locked, merged, write_overrides
 from launch.stops import leave_signals, stopping_at_once
@@ -52,6 +53,7 @@ TOP_LEVEL = {
     "init_parts": list[str] | None,
     "output_root": str,
     "data_root": str,
+    "trust": str | None,
 }
 """What the top-level keys of configs/train.yaml hold, but for those of groups and `arms`."""
 MOST_SEED = 2**32 - 1  # that random number generators take
@@ -107,7 +109,10 @@ def _run_study(folder: Path, overrides: list[str]) -> float | None:
     runs = list(_runs(config, folder))
     started_from = _checkpoint_argument(config, runs)
     configs = run_configs(runs, config, overrides)
+    trust = tuple(config.trust.split(",")) if config.trust else ()
     for run in runs:
+        if (folder / RUN_FILE).exists():  # it may come from anybody
+            check_targets(_parts(configs[run]), str(folder / RUN_FILE), trust, RUN_FOLDERS)
         check_types(configs[run], TOP_LEVEL)
         check_values(configs[run])
     pending = [run for run in runs if not _finished(run, configs[run])]
@@ -128,9 +133,18 @@ def _run_study(folder: Path, overrides: list[str]) -> float | None:
         _finish(config, overrides, runs, folder)
     except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns Ctrl-C into the latter
         begun = (folder / RUN_FILE).exists()
-        advice = f"Go on with: {train_command(f'ckpt_path={quoted(str(folder))}')}" if begun else "Nothing was written."
+        packages = set().union(*(foreign_packages(_parts(own)) for own in configs.values()))
+        trusting = [f"trust={quoted(','.join(sorted(packages)))}"] if packages else []
+        command = train_command(f"ckpt_path={quoted(str(folder))}", *trusting)
+        advice = f"Go on with: {command}" if begun else "Nothing was written."
         raise Stopped(f"Stopped. {advice}", stop.code if isinstance(stop, SIGTERMException) else 130) from None
     return None if config.objective is None else _objective(config.objective, folder, _arms(config))
+
+
+def _parts(config: DictConfig) -> dict[str, Any]:
+    """Those of a run that are built."""
+    names = ("module", "datamodule", "callbacks", "logger", "trainer")
+    return {name: OmegaConf.to_container(config[name], resolve=True) for name in names if config[name] is not None}
 
 
 def _check_settings(config: DictConfig, overrides: Sequence[str]) -> None:
@@ -190,12 +204,14 @@ def build(
     if checkpoint.is_symlink() and not checkpoint.exists():
         raise FileNotFoundError(f"{checkpoint}: expected a checkpoint, found a link that leads nowhere.")
     resume = checkpoint if checkpoint.exists() else None
+    for other in [] if resume is not None else run.folder.glob("hpc_ckpt_*"):
+        raise ValueError(f"{other}: expected none but {LAST}, found what Lightning would load on SLURM; delete it.")
     if resume is None and run.folder.exists():
         _say(f"{run.arm}, seed {run.seed}: stopped before its first checkpoint, starts over.")
     if resume is None and config.init_from is not None:
         _say(f"{run.arm}, seed {run.seed}: {_begin(module, config)}")
     if resume is not None:
-        saved = _check(resume, module)
+        saved = _check(resume, module, datamodule)
         _say(f"{run.arm}, seed {run.seed}: resuming after {saved['updates']} updates{_changes(saved, module.recipe)}.")
     loggers = [instantiate(logger) for logger in config.logger.values()]
     callbacks = [instantiate(callback) for callback in config.callbacks.values() if callback is not None]
@@ -239,13 +255,16 @@ def _begin(module: L.LightningModule, config: DictConfig) -> str:
     return f"no resumption, but a new run that begins with weights of {path} after {updates} updates ({named})."
 
 
-def _check(checkpoint: Path, module: L.LightningModule) -> dict[str, Any]:
+def _check(checkpoint: Path, module: L.LightningModule, datamodule: L.LightningDataModule) -> dict[str, Any]:
     """What a checkpoint says of itself; it is checked before anything is written.
 
     Raises:
-        ValueError: the module can't go on from it; names the file.
+        ValueError: module or datamodule can't go on from it; names the file.
     """
     saved = load_checkpoint(checkpoint)
+    name = type(datamodule).__qualname__
+    if saved["learning_method"]["updates"] and hasattr(datamodule, "state_structure"):
+        check_structure(saved.get(name), datamodule.state_structure, f"ckpt_path={checkpoint}: {name}")
     try:
         module.check_checkpoint(saved)
     except ValueError as error:
@@ -256,7 +275,8 @@ def _check(checkpoint: Path, module: L.LightningModule) -> dict[str, Any]:
 def _changes(saved: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     """What a run goes on with that it did not begin with, but for its length."""
     before, now = (
-        dict(_leaves({part: each[part] for part in ("module", "datamodule")})) for each in (saved["recipe"], recipe)
+        dict(_leaves({part: each[part] for part in ("module", "datamodule")}))
+        for each in (saved["recipe"] or recipe, recipe)
     )
     changed = [
         f"{key}={now.get(key)} (was {before.get(key)})"
@@ -329,12 +349,12 @@ def _remember(folder: Path, overrides: list[str]) -> None:
 
 def _kept(overrides: list[str]) -> list[str]:
     """Those that make a run what it is."""
-    return [override for override in overrides if override_key(override) != "ckpt_path"]
+    return [override for override in overrides if override_key(override) not in ("ckpt_path", "trust")]
 
 
 def _finished(run: Run, config: DictConfig) -> bool:
     """Whether the run has its results, and they are of as many updates as are asked for now."""
-    return run.results.exists() and json.loads(run.results.read_text())["updates"] >= config.module.updates
+    return run.results.exists() and read_json(run.results, RESULTS)["updates"] >= config.module.updates
 
 
 def _check_finished(runs: list[Run], pending: list[Run], configs: Mapping[Run, DictConfig]) -> None:
@@ -344,7 +364,7 @@ def _check_finished(runs: list[Run], pending: list[Run], configs: Mapping[Run, D
         if run in pending:
             continue
         advice = f"start anew without ckpt_path, or delete {run.results}"
-        saved = json.loads(run.results.read_text()).get("recipe") or {}
+        saved = read_json(run.results, {**RESULTS, "recipe": (None, dict)})["recipe"] or {}
         now = OmegaConf.to_container(configs[run], resolve=True)
         before, asked = (
             dict(_leaves({part: each.get(part) for part in ("module", "datamodule")})) for each in (saved, now)

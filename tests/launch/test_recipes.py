@@ -8,7 +8,8 @@ import yaml
 
 from launch.checkpoints import AtomicCheckpointIO
 from launch.experiments import CONFIGS
-from launch.recipes import LOOK_UPS, check_recipe, check_targets, rebuild
+from launch.recipes import FOLDERS, LOOK_UPS, RUN_FOLDERS, check_recipe, check_targets, foreign_packages, rebuild
+from launch.runs import write_overrides
 
 OF_RUNS = ("callbacks.", "launch.", "lightning.")  # not of what is learned
 
@@ -27,8 +28,8 @@ def named(node: object) -> set[str]:
 def test_a_recipe_may_have_what_the_configuration_calls():
     names = set().union(*(named(yaml.safe_load(file.read_text())) for file in CONFIGS.rglob("*.yaml")))
     assert len(names) > 80
-    for name in sorted(name for name in names if not name.startswith(OF_RUNS)):
-        check_targets({"_target_": name}, "last.ckpt")
+    for name in sorted(names):
+        check_targets({"_target_": name}, "last.ckpt", folders=RUN_FOLDERS if name.startswith(OF_RUNS) else FOLDERS)
 
 
 REFUSED = [
@@ -182,6 +183,36 @@ def test_only_folders_of_the_evaluation_are_written_to(tmp_path, target, argumen
         check(_args_=["/"])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["+callbacks.x._target_=shutil.rmtree", "+callbacks.x.path={}"], "callbacks.x: expected a class of this proj"),
+        (
+            ["+module.x={{_target_: components.coding.exemplars.ExemplarMemory.save, path: '{}'}}"],
+            "module.x: expected n",
+        ),
+        (
+            ["hydra.callbacks.x={{_target_: shutil.rmtree, path: '{}'}}"],
+            "found hydra.callbacks.x, which only a person may",
+        ),
+        (["trust=shutil", "+callbacks.x._target_=shutil.rmtree", "+callbacks.x.path={}"], "found trust, which only"),
+    ],
+)
+def test_a_run_that_is_gone_on_with_calls_nothing_foreign(program, tmp_path, overrides, message):
+    """Also a run's folder may come from anybody."""
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    run = tmp_path / "run"
+    overrides = ["experiment=fb_overdrive", *(override.format(victim) for override in overrides)]
+    write_overrides(run, overrides)
+    finished = program(f"ckpt_path={run}")
+    assert finished.code in (1, 2)
+    assert message in finished.err
+    assert str(run / "run.yaml") in finished.err
+    assert finished.err.count("\n") == 1
+    assert victim.exists()
+
+
 def test_a_package_of_ones_own_is_trusted_by_name(tmp_path, monkeypatch):
     (tmp_path / "own_rules.py").write_text(
         "import os\nfrom components.buildable import buildable\nfrom components.control.pessimism import Pessimism\n"
@@ -200,3 +231,4 @@ def test_a_package_of_ones_own_is_trusted_by_name(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=f"expected .*, found own_rules.{name}"):
             check_targets({"_target_": f"own_rules.{name}"}, "last.ckpt", ("own_rules",))
     sys.modules.pop("own_rules")
+    assert foreign_packages({"x": [{"_target_": "own_rules.Rule"}], "_target_": "callbacks.x.Y"}) == {"own_rules"}

@@ -11,6 +11,7 @@ import pytest
 
 from callbacks.run_log import read_rows
 from launch.checkpoints import load_checkpoint
+from launch.runs import write_overrides
 
 ARMS = ("fb_narrow", "fb_aw_narrow")
 
@@ -136,6 +137,16 @@ def test_run_that_was_killed_before_its_first_checkpoint_starts_over(program, on
     column = expected[0].split(",").index("seconds")
     strip = [[line.split(",")[:column] + line.split(",")[column + 1 :] for line in text] for text in (found, expected)]
     assert strip[0] == strip[1]
+
+
+def test_a_checkpoint_of_lightnings_own_is_not_loaded_unawares(program, one_arm, tmp_path):
+    run = tmp_path / "fb_aw_narrow" / "seed_0"
+    run.mkdir(parents=True)
+    (run / "hpc_ckpt_1.ckpt").touch()
+    write_overrides(tmp_path, list(one_arm))
+    finished = program(f"ckpt_path={tmp_path}")
+    assert finished.code == 1
+    assert f"{run}/hpc_ckpt_1.ckpt: expected none but last.ckpt, found what Lightning would load" in finished.err
 
 
 @pytest.mark.slow
