@@ -6,26 +6,27 @@ The one package whose name nobody else has: it looks whether those that it is ma
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 PACKAGES = ("callbacks", "components", "configs", "datamodules", "launch", "lightning_modules")
 
 
-def train() -> int:
-    """Train and evaluate what the command line asks for; returns the exit code."""
+def train() -> NoReturn:
+    """Train and evaluate what the command line asks for."""
     check_packages()
-    from launch.errors import run_reporting_errors
+    from launch.errors import leave, run_reporting_errors
     from launch.program import main
 
-    return run_reporting_errors(main)
+    leave(run_reporting_errors(main))
 
 
-def evaluate() -> int:
-    """Evaluate the checkpoint that the command line names; returns the exit code."""
+def evaluate() -> NoReturn:
+    """Evaluate the checkpoint that the command line names."""
     check_packages()
-    from launch.errors import run_reporting_errors
+    from launch.errors import leave, run_reporting_errors
     from launch.evaluation import main
 
-    return run_reporting_errors(main)
+    leave(run_reporting_errors(main))
 
 
 def check_packages() -> None:
