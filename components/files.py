@@ -57,7 +57,7 @@ def replacing(path: str | Path, *, shared: bool = False) -> Iterator[Path]:
     """Where to write a file or a folder, which takes the place of `path` once it is whole and on the disk.
 
     A kill at any instant, a full disk or any other error leaves what was there before, and no half of what was to
-    come; what a killed process left goes when the same is written next.
+    come; what a killed process left goes when the same is written next, unless it was `shared`.
 
     Args:
         path: its folder is made if need be. A folder takes the place of nothing or of an empty one only.
