@@ -9,7 +9,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,9 +17,10 @@ from torch import Tensor
 
 from components.files import check_file, replacing
 from components.language.singular_values import unscaled
+from components.structure import NUMBER, check_structure
 
 FORMAT = "tenfold expert 1"
-_ABOUT: dict[str, Any] = {"base": str, "task": str, "largest": float | None, "rescale": str}
+_ABOUT = {"base": str, "task": str, "largest": (*NUMBER, None), "rescale": str}
 
 
 @dataclass
@@ -69,14 +69,18 @@ class Expert:
             raise ValueError(f"{path}: expected the file of an expert vector, found a damaged one ({error}).") from None
         if FORMAT not in metadata:
             raise ValueError(f"{path}: expected the file of an expert vector, found another kind of file.")
-        about = _about(path, metadata[FORMAT])
+        try:
+            about = json.loads(metadata[FORMAT])
+        except (ValueError, RecursionError):
+            about = metadata[FORMAT]
+        check_structure(about, _ABOUT, f"{path}: {FORMAT}")
         for name, z in scales.items():
             if z.dtype != torch.float32 or z.dim() != 1 or not len(z) or not z.isfinite().all():
                 found = f"{z.dtype} {list(z.shape)}" + ", not all finite" * z.is_floating_point()
                 raise ValueError(f"{path}: expected finite numbers of single precision in {name}, found {found}.")
         if base is not None and about["base"] != base:
             raise ValueError(f"{path}: expected an expert of the model {base}, found one of the model {about['base']}.")
-        return Expert(scales, **about)
+        return Expert(scales, **{name: about[name] for name in _ABOUT})
 
     def shuffled(self, seed: int) -> "Expert":
         """A control: every matrix' scales in another order, so that only their distribution is left."""
@@ -89,20 +93,6 @@ class Expert:
         if self.largest is None:
             return self.scales
         return {name: unscaled(z, self.largest) for name, z in self.scales.items()}
-
-
-def _about(path: Path, text: str) -> dict[str, Any]:
-    """What a file says of its expert, in JSON."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or found.keys() != _ABOUT.keys():
-        raise ValueError(f"{path}: expected {', '.join(_ABOUT)} of an expert vector, found {text[:80]}.")
-    for key, kind in _ABOUT.items():
-        if not isinstance(found[key], kind):
-            raise ValueError(f"{path}: expected {key} of an expert vector to be {kind}, found {found[key]!r:.80}.")
-    return found
 
 
 def mixed(experts: Sequence[Expert], weights: Tensor, space: str = "z") -> dict[str, Tensor]:
