@@ -170,7 +170,13 @@ def check_recipe(
 
 
 def check_targets(
-    node: Any, where: str, trust: tuple[str, ...] = (), folders: tuple[str, ...] = FOLDERS, key: str = ""
+    node: Any,
+    where: str,
+    trust: tuple[str, ...] = (),
+    folders: tuple[str, ...] = FOLDERS,
+    key: str = "",
+    *,
+    unmarked: bool = False,
 ) -> list[tuple[str, Any, Mapping[str, Any]]]:
     """What a configuration calls: its place, the class or function, and the arguments. Nothing is called yet.
 
@@ -179,6 +185,7 @@ def check_targets(
         trust: packages outside of the project whose classes may be called too.
         folders: of the project, from which classes may be called.
         key: of `node`.
+        unmarked: whether of those packages every public class or function may be called.
 
     Raises:
         ValueError: it would call what is not of `KINDS` or marked `buildable`.
@@ -189,14 +196,15 @@ def check_targets(
     if isinstance(node, Mapping):
         if "_target_" in node:
             looked_up = node["_target_"] in LOOK_UPS
-            called = _buildable(str(node.get("path" if looked_up else "_target_")), f"{where}: {key}", trust, folders)
+            name = str(node.get("path" if looked_up else "_target_"))
+            called = _buildable(name, f"{where}: {key}", trust, folders, unmarked)
             if looked_up and node.keys() != {"_target_", "path"}:
                 raise ValueError(f"{where}: {key}: expected a look-up by path alone, found {', '.join(node)}.")
             found.append((key, called, node))
         for name, value in node.items():
-            found += check_targets(value, where, trust, folders, f"{key}.{name}".lstrip("."))
+            found += check_targets(value, where, trust, folders, f"{key}.{name}".lstrip("."), unmarked=unmarked)
     for index, value in enumerate(_list(node)):
-        found += check_targets(value, where, trust, folders, f"{key}[{index}]")
+        found += check_targets(value, where, trust, folders, f"{key}[{index}]", unmarked=unmarked)
     return found
 
 
@@ -213,9 +221,10 @@ def _list(value: Any) -> list[Any] | tuple[Any, ...]:
     return value if isinstance(value, list | tuple) else ()
 
 
-def _buildable(name: str, where: str, trust: tuple[str, ...], folders: tuple[str, ...]) -> Any:
+def _buildable(name: str, where: str, trust: tuple[str, ...], folders: tuple[str, ...], unmarked: bool) -> Any:
     """The class or function of a name, if it may be called."""
-    packages = tuple(f"{package}." for package in (*folders, *trust))
+    trusted = tuple(f"{package}." for package in trust)
+    packages = (*(f"{folder}." for folder in folders), *trusted)
     if not name.startswith(packages):  # importing it may be harm enough
         package = name.partition(".")[0]
         raise ValueError(
@@ -230,8 +239,10 @@ def _buildable(name: str, where: str, trust: tuple[str, ...], folders: tuple[str
     kind = inspect.isclass(found) and issubclass(found, RUN_KINDS)  # of a recipe's folders, only KINDS can be reached
     marked = (inspect.isclass(found) or inspect.isfunction(found)) and hasattr(found, MARK)
     private = any(part.startswith("_") for part in name.split("."))
-    if private or not (kind or marked) or not f"{found.__module__}.".startswith(packages):
+    origins = packages if kind or marked else trusted if unmarked and callable(found) else ()
+    if private or not f"{getattr(found, '__module__', None)}.".startswith(origins):
         raise ValueError(
-            f"{where}: expected networks, data, environments, optimisers or what is marked as buildable, found {name}."
+            f"{where}: expected networks, data, environments, optimisers or what components.buildable.buildable marks, "
+            f"found {name}."
         )
     return found

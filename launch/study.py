@@ -112,7 +112,7 @@ def _run_study(folder: Path, overrides: list[str]) -> float | None:
     trust = tuple(config.trust.split(",")) if config.trust else ()
     for run in runs:
         if rank_zero_only.rank == 0 and (folder / RUN_FILE).exists():  # it may come from anybody; others follow
-            check_targets(_parts(configs[run]), str(folder / RUN_FILE), trust, RUN_FOLDERS)
+            check_targets(_parts(configs[run]), str(folder / RUN_FILE), trust, RUN_FOLDERS, unmarked=True)
         check_types(configs[run], TOP_LEVEL)
         check_values(configs[run])
     pending = [run for run in runs if not _finished(run, configs[run])]

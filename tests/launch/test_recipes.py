@@ -219,6 +219,7 @@ def test_a_package_of_ones_own_is_trusted_by_name(tmp_path, monkeypatch):
         "class Rule(Pessimism):\n    def tell(self): ...\n"
         "class Writer:\n    def __init__(self, path): open(path, 'w').close()\n"
         "def function(): ...\n"
+        "def _private(): ...\n"
         "@buildable()\ndef factory(): ...\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -230,5 +231,14 @@ def test_a_package_of_ones_own_is_trusted_by_name(tmp_path, monkeypatch):
     for name in ("Rule.tell", "Writer", "function", "os.system", "buildable", "Missing"):
         with pytest.raises(ValueError, match=f"expected .*, found own_rules.{name}"):
             check_targets({"_target_": f"own_rules.{name}"}, "last.ckpt", ("own_rules",))
+    # For a run of one's own, what is trusted may be anything that the package itself has.
+    for name in ("Rule", "Writer", "function", "factory"):
+        ((_, called, _),) = check_targets({"_target_": f"own_rules.{name}"}, "run.yaml", ("own_rules",), unmarked=True)
+        assert called is getattr(sys.modules["own_rules"], name)
+    for name in ("os.system", "buildable", "_private", "Missing"):
+        with pytest.raises(ValueError, match=f"^run.yaml: .*expected .*, found own_rules.{name}"):
+            check_targets({"_target_": f"own_rules.{name}"}, "run.yaml", ("own_rules",), unmarked=True)
+    with pytest.raises(ValueError, match=r"found components\.files\.replacing\.$"):
+        check_targets({"_target_": "components.files.replacing"}, "run.yaml", ("own_rules",), unmarked=True)
     sys.modules.pop("own_rules")
     assert foreign_packages({"x": [{"_target_": "own_rules.Rule"}], "_target_": "callbacks.x.Y"}) == {"own_rules"}
