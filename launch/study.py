@@ -118,8 +118,10 @@ def _run_study(folder: Path, overrides: list[str]) -> float | None:
     pending = [run for run in runs if not _finished(run, configs[run])]
     _check_finished(runs, pending, configs)
     for run in pending:
-        if configs[run].init_from is not None and not run.checkpoint.exists():
-            only_checkpoint(configs[run].init_from, "init_from")  # now, not when those before it are trained
+        begins = configs[run].init_from
+        if begins is None or run.checkpoint.exists() or Path(begins).is_relative_to(folder):  # not there yet
+            continue
+        only_checkpoint(begins, "init_from")  # now, not when those before it are trained
     announce(config, overrides, runs, pending)
     try:
         for run in pending:

@@ -46,6 +46,14 @@ def test_a_new_run_has_the_weights_and_a_resumed_one_its_own(program, one_arm, s
     assert "no resumption" not in resumed.out
 
 
+def test_an_arm_begins_with_the_weights_of_an_earlier_one_of_its_study(program, one_arm, tmp_path):
+    tuned = '["datamodule.dataset.coverage=narrow","init_from=${study_dir}/fb_aw_narrow/seed_${seed}"]'
+    finished = program(*one_arm, f"+arms.tuned={tuned}", f"output_root={tmp_path}", "module.updates=5", "seed=2")
+    assert finished.code == 0, finished.err
+    first = finished.folder / "fb_aw_narrow" / "seed_2" / "checkpoints" / "last.ckpt"
+    assert f"tuned, seed 2: no resumption, but a new run that begins with weights of {first} after 5 " in finished.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
