@@ -135,7 +135,9 @@ class ActorCritic(LearningMethod):
             raise ValueError("members=1: expected at least 2, or there is no disagreement to learn a penalty of.")
         self.pessimism_optimizer = adam(learned, pessimism_learning_rate, 0.5, eps=1e-7) if learned else None
         # The noise follows a schedule, and a pessimism that is not learned is a setting.
-        self.kept = ("actor.std", "target_actor.std", *(() if learned else ("pessimism.",)))
+        settings = [f"pessimism.{name}" for name in (pessimism.kept if learned else ("",))]
+        settings += [f"encoder.{name}" for name in self.encoder.kept]
+        self.kept = ("actor.std", "target_actor.std", *settings)
 
     # -- learning -----------------------------------------------------------------------------------------------------
 

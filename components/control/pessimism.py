@@ -56,7 +56,12 @@ class Pessimism(nn.Module, ABC):
 
     One with parameters that require gradients is learned: agents step an optimiser of their own on `loss`, then call
     `stepped`.
+
+    Attributes:
+        kept: names of the state of a learned one that a run which begins from another leaves: settings and schedules.
     """
+
+    kept: tuple[str, ...] = ()
 
     @abstractmethod
     def target(self, q: Tensor) -> Tensor:
@@ -185,6 +190,8 @@ class DualPessimism(FixedPessimism):
         sign: -1 learns against the dual: a control for experiments, which has to fail.
     """
 
+    kept = ("shift", "actor_beta")
+
     def __init__(
         self,
         beta: Number = 0.5,
@@ -204,7 +211,8 @@ class DualPessimism(FixedPessimism):
         self.tied = actor_beta is None
         self.shift_rise = -shift / shift_steps
         self.register_buffer("shift", torch.tensor(float(shift)))
-        self.actor_beta += self.shift
+        self._tie()
+        self.register_load_state_dict_post_hook(lambda pessimism, _: pessimism._tie())  # to a beta of another run
 
     def loss(self, td_error: Tensor) -> Tensor:
         """beta times the mean TD error Q - y of any shape, whose gradient by beta is that mean and by all else zero."""
@@ -215,6 +223,11 @@ class DualPessimism(FixedPessimism):
         """The optimism decays, then the actor's pessimism follows."""
         if self.tied:
             self.shift.add_(self.shift_rise).clamp_(max=0.0)
+            self._tie()
+
+    @torch.no_grad()
+    def _tie(self) -> None:
+        if self.tied:
             self.actor_beta.copy_(self.beta + self.shift)
 
     def scores(self) -> dict[str, Tensor]:

@@ -25,9 +25,11 @@ class Encoder(nn.Module, ABC):
 
     Attributes:
         features: F.
+        kept: names of its state that a run which begins from another leaves, as they are settings.
     """
 
     features: int
+    kept: tuple[str, ...] = ()
 
     @abstractmethod
     def forward(self, observation: Tensor) -> Tensor:
@@ -129,6 +131,8 @@ class PixelEncoder(Encoder):
         self.features = math.prod(self.feature_shape)
         self.augmentation = augmentation
         self.mixing = None if mixing is None else mixing(blocks=len(strides))
+        if self.mixing is not None and not self.mixing.adaptive:
+            self.kept = ("mixing.",)
 
     def forward(self, observation: Tensor) -> Tensor:
         """Pictures [N, C, H, H], uint8 -> [N, F]."""

@@ -217,6 +217,7 @@ class SignalMixing(nn.Module):
         self.blocks = {"none": [], "all": list(range(1, blocks + 1)), "last": [blocks], "input": [0]}[place]
         self.measured = [blocks] if tied or not self.blocks else self.blocks
         self.layer = LocalSignalMixing(pad, shared_across_batch)
+        self.adaptive = adaptive
         rate = learning_rate if adaptive else 0.0
         self.duals = nn.ModuleList(DualStrength(initial, target, rate, momentum) for _ in self.measured)
 

@@ -396,10 +396,20 @@ def test_cuda_graphs_with_and_without_the_actor_learn_as_eager_updates_do(transi
     assert torch.cosine_similarity(eager, captured, dim=0) > 0.3
 
 
-@pytest.mark.parametrize(("pessimism", "beta"), [(FixedPessimism, 0.2), (DualPessimism, 0.5)])
-def test_another_run_gives_what_is_learned_and_not_what_is_set(pessimism, beta):
+@pytest.mark.parametrize(
+    ("before", "own", "beta", "actor_beta"),
+    [
+        (FixedPessimism(0.5), FixedPessimism(0.2), 0.2, 0.2),
+        (DualPessimism(0.5), DualPessimism(0.2), 0.5, 0.5),
+        (DualPessimism(0.5, actor_beta=0.9), DualPessimism(0.2, actor_beta=0.0), 0.5, 0.0),
+        (DualPessimism(0.5, actor_beta=0.9), DualPessimism(0.2), 0.5, 0.5),
+        (DualPessimism(0.5, shift=-0.5), DualPessimism(0.2), 0.5, 0.5),
+        (DualPessimism(0.5), DualPessimism(0.2, shift=-0.5), 0.5, 0.0),
+    ],
+)
+def test_another_run_gives_what_is_learned_and_not_what_is_set(before, own, beta, actor_beta):
     actor = partial(ScheduledNoiseActor, network=NETWORK, anneal_steps=10)
-    done, made = (agent(actor=actor, pessimism=pessimism(before), target_actor=True) for before in (0.5, 0.2))
+    done, made = (agent(actor=actor, pessimism=pessimism, target_actor=True) for pessimism in (before, own))
     done.advance(10)
     for parameter in done.actor.parameters():
         parameter.data += 1
@@ -407,7 +417,7 @@ def test_another_run_gives_what_is_learned_and_not_what_is_set(pessimism, beta):
     for found, expected in zip(made.actor.parameters(), done.actor.parameters()):
         assert torch.equal(found, expected)
     assert (made.actor.std.item(), made.target_actor.std.item()) == (1.0, 1.0)
-    assert made.pessimism.beta.item() == pytest.approx(beta)
+    assert (made.pessimism.beta.item(), made.pessimism.actor_beta.item()) == pytest.approx((beta, actor_beta))
 
 
 def test_gradient_of_the_actor_is_clipped(transitions):

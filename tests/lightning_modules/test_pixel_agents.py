@@ -178,6 +178,13 @@ def test_acting_and_valuing_are_without_regularisers(batch):
     assert made.training
 
 
+@pytest.mark.parametrize(("adaptive", "strength"), [(True, 0.8), (False, 0.1)])
+def test_another_run_gives_strengths_that_are_tuned_and_none_that_are_set(adaptive, strength):
+    done, made = (agent(partial(SignalMixing, adaptive=adaptive, initial=initial)) for initial in (0.8, 0.1))
+    made.begin_from({"state_dict": done.state_dict()})
+    assert made.encoder.mixing.duals[0].value().item() == pytest.approx(strength)
+
+
 def test_noise_falls_with_the_environment_steps(batch):
     made = agent()
     for steps, std in ((0, 0.5), (50, 0.3), (100, 0.1), (1000, 0.1)):
