@@ -5,15 +5,18 @@ configurations call.
 """
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser  # the one that Hydra reads the command line with
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
 
@@ -21,7 +24,7 @@ from launch.errors import CommandLineError, errors_past_hydra, is_first_process
 from launch.experiments import CONFIGS, experiment_list, is_group, missing_folders
 from launch.imports import import_lightning
 from launch.overrides import SEARCH_PATH, WHERE, departures, given_value, override_key, quoted, train_program
-from launch.runs import merged, newest_run, run_folder, run_of
+from launch.runs import RUN_FILE, merged, newest_run, run_folder, run_of
 
 SWEEP_FOLDER = "hydra.sweep.dir"
 
@@ -65,7 +68,7 @@ def completed(arguments: Sequence[str]) -> list[str]:
 
     Raises:
         CommandLineError, FileNotFoundError: there is no such run or folder.
-        ValueError: the run is one of another experiment.
+        ValueError: the run is one of another experiment, or sets what only a person may.
     """
     options = get_args_parser().parse_intermixed_args(arguments)
     flags = [argument for argument in arguments if argument not in options.overrides]
@@ -84,7 +87,36 @@ def completed(arguments: Sequence[str]) -> list[str]:
     else:
         path = Path(str(asked))
     given = [override for override in overrides if override_key(override) != "ckpt_path"]
-    return [*flags, *merged(run_of(path), given), f"ckpt_path={quoted(str(path.resolve()))}"]
+    whole = merged(run_of(path), given)
+    _check_hydra(whole, given, run_of(path) / RUN_FILE)
+    return [*flags, *whole, f"ckpt_path={quoted(str(path.resolve()))}"]
+
+
+def _check_hydra(overrides: Sequence[str], given: Sequence[str], where: Path) -> None:
+    """Raise a ValueError if what a run was started with changes what Hydra itself calls or sets; only a person may.
+
+    An experiment's file can do so too, and a run's folder says where it lies.
+    """
+    trusted = ("hydra", "experiment") if given_value(given, SEARCH_PATH) else ("hydra",)
+    typed = [override for override in given if re.split(r"[./@]", override_key(override))[0] in trusted]
+    try:
+        found = _hydra_settings(overrides)
+    except HydraException:  # Hydra says it where it always does
+        return
+    for name, setting in _hydra_settings(typed).items():
+        if found[name] != setting:
+            raise ValueError(
+                f"{where}: expected what a run is made of, found an experiment that sets hydra.{name}, which only a "
+                "person may; if it is yours, type experiment=NAME and --config-dir again."
+            )
+
+
+def _hydra_settings(overrides: Sequence[str]) -> dict[str, Any]:
+    """What Hydra is told, but for what it notes down of the command line."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = OmegaConf.to_container(compose("train", list(overrides), return_hydra_config=True).hydra)
+    config["job"].pop("override_dirname")
+    return {name: value for name, value in config.items() if name not in ("overrides", "runtime", "searchpath")}
 
 
 def _newest_run(overrides: Sequence[str], experiment: str) -> Path:

@@ -84,9 +84,15 @@ def merged(folder: Path, given: Sequence[str]) -> list[str]:
     """The overrides of the run in a folder: what it was started with, if it was, then what is given now.
 
     Raises:
-        ValueError: it is a run of another experiment than the one that is given.
+        ValueError: it is a run of another experiment than the one that is given, or has configurations in packages.
     """
     remembered = read_overrides(folder)
+    if given_value(given, SEARCH_PATH) is None:  # else a person has named them
+        for override in remembered:
+            if override_key(override) == SEARCH_PATH and not _only_folders(given_value([override], SEARCH_PATH)):
+                raise ValueError(
+                    f"{folder / RUN_FILE}: expected folders, found {override}; if it is yours, type it too."
+                )
     began, asked = ([o for o in part if override_key(o) == "experiment"][-1:] for part in (remembered, given))
     if began and asked and began != asked:
         raise ValueError(f"ckpt_path: expected a run of {asked[0]}, found one of {began[0]} in {folder}.")
@@ -102,6 +108,11 @@ def merged(folder: Path, given: Sequence[str]) -> list[str]:
     kept = [override for override in remembered if override_key(override) not in keys]
     new = [override for override in given if not (override.startswith("~") and override_key(override) in added)]
     return [f"{added[key]}{o.lstrip('+')}" if (key := override_key(o)) in added else o for o in (*kept, *new)]
+
+
+def _only_folders(search_path: Any) -> bool:
+    """Whether nothing has to be imported to look configurations up."""
+    return isinstance(search_path, list) and all(str(entry).startswith("file://") for entry in search_path)
 
 
 def lasting(overrides: Sequence[str], more: Sequence[str] = ()) -> list[str]:

@@ -213,6 +213,34 @@ def test_a_run_that_is_gone_on_with_calls_nothing_foreign(program, tmp_path, ove
     assert victim.exists()
 
 
+def test_a_run_brings_no_settings_of_hydra_in_a_file(program, tmp_path):
+    """Which Hydra would call before anything is checked."""
+    called = tmp_path / "called"
+    (tmp_path / "experiment").mkdir()
+    callback = f"{{_target_: pathlib.Path.touch, self: {{_target_: pathlib.Path, _args_: ['{called}']}}}}"
+    text = "# @package _global_\ndefaults: [fb_overdrive]\nmodule: {updates: 7}\nhydra: {callbacks: {x: "
+    (tmp_path / "experiment" / "mine.yaml").write_text(f"{text}{callback}}}}}\n")
+    where = f"hydra.searchpath=[file://{tmp_path}]"
+    run = tmp_path / "run"
+    outside = f"experiment={'../' * 20}{tmp_path}/experiment/mine".replace("//", "/")
+    for overrides, message in (
+        (["experiment=mine", where], "found an experiment that sets hydra.callbacks, which only a person may"),
+        ([outside], "found an experiment that sets hydra.callbacks, which only a person may"),
+        (["experiment=mine", "hydra.searchpath=[pkg://own]", where], "expected folders, found hydra.searchpath=[pkg:"),
+    ):
+        write_overrides(run, overrides)
+        finished = program(f"ckpt_path={run}")
+        assert finished.code == 1
+        assert f"{run / 'run.yaml'}: " in finished.err
+        assert message in finished.err
+        assert finished.err.count("\n") == 1
+        assert not called.exists()
+    write_overrides(run, ["experiment=mine", where])
+    finished = program(f"ckpt_path={run}", "experiment=mine", "--config-dir", str(tmp_path))
+    assert called.exists()  # what a person types is theirs
+    assert finished.err.startswith("updates=7 is no multiple")
+
+
 def test_a_package_of_ones_own_is_trusted_by_name(tmp_path, monkeypatch):
     (tmp_path / "own_rules.py").write_text(
         "import os\nfrom components.buildable import buildable\nfrom components.control.pessimism import Pessimism\n"
