@@ -53,7 +53,7 @@ TOP_LEVEL = {
     "init_parts": list[str] | None,
     "output_root": str,
     "data_root": str,
-    "trust": str | None,
+    "trust": str | list[str] | None,
 }
 """What the top-level keys of configs/train.yaml hold, but for those of groups and `arms`."""
 MOST_SEED = 2**32 - 1  # that random number generators take
@@ -109,7 +109,8 @@ def _run_study(folder: Path, overrides: list[str]) -> float | None:
     runs = list(_runs(config, folder))
     started_from = _checkpoint_argument(config, runs)
     configs = run_configs(runs, config, overrides)
-    trust = tuple(config.trust.split(",")) if config.trust else ()
+    named = given_value(overrides, "trust") or ()  # as typed: an experiment's file may come with the folder
+    trust = tuple(named.split(",")) if isinstance(named, str) else tuple(named)
     for run in runs:
         if rank_zero_only.rank == 0 and (folder / RUN_FILE).exists():  # it may come from anybody; others follow
             check_targets(_parts(configs[run]), str(folder / RUN_FILE), trust, RUN_FOLDERS, unmarked=True)
@@ -136,7 +137,7 @@ def _run_study(folder: Path, overrides: list[str]) -> float | None:
     except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns Ctrl-C into the latter
         begun = (folder / RUN_FILE).exists()
         packages = set().union(*(foreign_packages(_parts(own)) for own in configs.values()))
-        trusting = [f"trust={quoted(','.join(sorted(packages)))}"] if packages else []
+        trusting = [f"trust=[{','.join(sorted(packages))}]"] if packages else []
         command = train_command(f"ckpt_path={quoted(str(folder))}", *trusting)
         advice = f"Go on with: {command}" if begun else "Nothing was written."
         raise Stopped(f"Stopped. {advice}", stop.code if isinstance(stop, SIGTERMException) else 130) from None

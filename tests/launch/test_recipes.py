@@ -220,11 +220,14 @@ def test_a_run_brings_no_settings_of_hydra_in_a_file(program, tmp_path):
     callback = f"{{_target_: pathlib.Path.touch, self: {{_target_: pathlib.Path, _args_: ['{called}']}}}}"
     text = "# @package _global_\ndefaults: [fb_overdrive]\nmodule: {updates: 7}\nhydra: {callbacks: {x: "
     (tmp_path / "experiment" / "mine.yaml").write_text(f"{text}{callback}}}}}\n")
+    text = f"# @package _global_\ndefaults: [fb_overdrive]\ntrust: pathlib\ncallbacks: {{x: {callback}}}\n"
+    (tmp_path / "experiment" / "trusting.yaml").write_text(text)
     where = f"hydra.searchpath=[file://{tmp_path}]"
     run = tmp_path / "run"
     outside = f"experiment={'../' * 20}{tmp_path}/experiment/mine".replace("//", "/")
     for overrides, message in (
         (["experiment=mine", where], "found an experiment that sets hydra.callbacks, which only a person may"),
+        (["experiment=trusting", where], "callbacks.x: expected a class of this project, found pathlib.Path.touch"),
         ([outside], "found an experiment that sets hydra.callbacks, which only a person may"),
         (["experiment=mine", "hydra.searchpath=[pkg://own]", where], "expected folders, found hydra.searchpath=[pkg:"),
     ):

@@ -47,12 +47,12 @@ def test_sigterm_ends_an_evaluation_within_seconds_and_it_is_made_again(
     (folder,) = (tmp_path / "fb_overdrive").iterdir()
     assert not (folder / ARM / "seed_0" / "eval.csv").exists()  # it was the first evaluation, and had not ended
     assert process.returncode == 143
-    assert err == f"Stopped. Go on with: python train.py ckpt_path={folder} 'trust=\"tests\"'\n"
+    assert err == f"Stopped. Go on with: python train.py ckpt_path={folder} 'trust=[tests]'\n"
 
     refused = program(f"ckpt_path={folder}")
     assert (refused.code, refused.err.count("\n")) == (1, 1)
     assert "trust=tests" in refused.err
-    finished = program(f"ckpt_path={folder}", "trust=tests")
+    finished = program(f"ckpt_path={folder}", "trust=[other,tests]")
     assert finished.code == 0, finished.err
     assert "resuming after 30 updates" in finished.out  # of 40, after which the evaluation began
     assert_same_runs(folder, uninterrupted, [ARM])
