@@ -212,7 +212,7 @@ class DualPessimism(FixedPessimism):
         self.shift_rise = -shift / shift_steps
         self.register_buffer("shift", torch.tensor(float(shift)))
         self._tie()
-        self.register_load_state_dict_post_hook(lambda pessimism, _: pessimism._tie())  # to a beta of another run
+        self.register_load_state_dict_post_hook(DualPessimism._tie)  # to a beta of another run
 
     def loss(self, td_error: Tensor) -> Tensor:
         """beta times the mean TD error Q - y of any shape, whose gradient by beta is that mean and by all else zero."""
@@ -226,7 +226,7 @@ class DualPessimism(FixedPessimism):
             self._tie()
 
     @torch.no_grad()
-    def _tie(self) -> None:
+    def _tie(self, *_: object) -> None:
         if self.tied:
             self.actor_beta.copy_(self.beta + self.shift)
 
