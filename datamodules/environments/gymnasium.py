@@ -5,6 +5,7 @@ of MuJoCo's bodies, none of other tasks.
 """
 
 import atexit
+import re
 import sys
 import warnings
 import weakref
@@ -33,6 +34,7 @@ D4RL_BODIES = {
     "humanoid": "Humanoid-v4",
 }
 
+_D4RL = re.compile(rf"({'|'.join(D4RL_BODIES)})(-(random|medium|expert|medium-replay|medium-expert|full-replay)-v\d+)?")
 _BROKEN = [mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC]
 _OWN = ("seeds", "actions", "steps", "reward", "observation", "earned")
 
@@ -77,8 +79,16 @@ class GymnasiumEnv(MeasuredEnv):
     ) -> None:
         super().__init__(num_envs, seed)
         if isinstance(id, str):
-            id = D4RL_BODIES.get(id.partition("-")[0], id)
-        self.name = id if isinstance(id, str) else getattr(id, "func", id).__name__
+            body = _D4RL.fullmatch(id)
+            self.name = id = D4RL_BODIES[body[1]] if body else id
+        elif callable(id):
+            made = getattr(id, "func", id)
+            self.name = getattr(made, "__name__", type(made).__name__)
+        else:
+            raise ValueError(
+                f"environment.id: expected the name of a task, or what makes one, found {type(id).__name__}; of "
+                "a class of yours, 'environment.id={_target_: MODULE.CLASS, _partial_: true}' is what makes one."
+            )
         self._envs = [self._make(id, episode_length, options or {}, wrappers) for _ in range(num_envs)]
         first = self._envs[0]
         low, high = self._check_spaces(first.observation_space, first.action_space)

@@ -163,6 +163,8 @@ def test_numbers_that_are_not_finite_arrive_nowhere():
         ({"id": Walk, "episode_length": 5}, r"Walk: expected observations of one dimension \(Box\), found Dict;"),
         ({"id": Walk, "wrappers": [FlattenObservation]}, "episode_length=null: expected .*, for Walk has no limit"),
         ({"id": "Pendulum-v1", "options": {"mass": 1}}, "Pendulum-v1: .*unexpected keyword argument 'mass'"),
+        ({"id": "hopper-v5"}, "environment.id=hopper-v5: Environment `hopper` doesn't exist"),
+        ({"id": Walk()}, "environment.id: expected the name of a task, or what makes one, found Walk;"),
         ({"id": "antigravity:Cave-v0"}, "expected a task of a module that is imported already, found antigravity"),
     ],
 )
@@ -170,6 +172,11 @@ def test_what_does_not_fit_is_one_sentence(settings, message):
     with pytest.raises(ValueError, match=message):
         GymnasiumEnv(**settings)
     assert "antigravity" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["hopper", "hopper-medium-replay-v2"])
+def test_the_body_of_a_d4rl_data_set(name):
+    assert GymnasiumEnv(name).name == "Hopper-v4"
 
 
 def test_specs():
