@@ -258,7 +258,8 @@ class PillowStore(ImageStore):
         return images
 
 
-_MAGIC = b"TFX1"
+_MAGIC = b"TFX2"
+_OLDER = b"TFX1"  # whose bits-back streams were coded by probabilities of another precision
 _HEADER = struct.Struct("<4sBxHI")  # magic, kind, classes, model; then counts, payload and their checksum
 
 
@@ -280,6 +281,10 @@ def read_exemplars(store: ImageStore, file: bytes, name: str) -> tuple[list[int]
     """
     if not file:
         return [], b""
+    if file.startswith(_OLDER):
+        raise ValueError(
+            f"{name}: expected a file of exemplars of this version, found one written by an older version."
+        )
     if len(file) < _HEADER.size or not file.startswith(_MAGIC):
         raise ValueError(f"{name}: expected a file of exemplars, found one that does not begin like one.")
     _, kind, classes, model = _HEADER.unpack_from(file)

@@ -164,6 +164,10 @@ def test_what_is_wrong_with_a_file_is_one_sentence(store, codec):
             load(file)
     with pytest.raises(ValueError, match=r"memory.bin: expected a file of exemplars, found one that does not begin"):
         load(b"PNG" + memory.file)
+    with pytest.raises(
+        ValueError, match=r"memory.bin: expected .* of this version, found one written by an older version"
+    ):
+        load(b"TFX1" + memory.file[4:])
     with pytest.raises(ValueError, match=r"memory.bin: expected exemplars of 3 classes, found 2"):
         ExemplarMemory(store, None).load(memory.file, 3, "memory.bin")
     other = RawStore((1, 16, 16)) if not isinstance(store, RawStore) else PillowStore((1, 16, 16), "jpeg", 10)
