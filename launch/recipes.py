@@ -69,16 +69,19 @@ def only_checkpoint(path: str, key: str) -> Path:
     return found[0]
 
 
-def rebuild_method(path: str | Path, trust: tuple[str, ...] = ()) -> tuple[L.LightningModule, dict[str, Any]]:
+def rebuild_method(
+    path: str | Path, trust: tuple[str, ...] = (), data_root: str = "data"
+) -> tuple[L.LightningModule, dict[str, Any]]:
     """The method with its trained weights, and the recipe of its run; no environment or data set is made.
 
     Args:
         trust: packages outside of the project whose classes the recipe may call too.
+        data_root: the folder, besides that of its study, that what the recipe makes may write to.
 
     Raises:
         FileNotFoundError, ValueError: the checkpoint is missing, damaged, or asks for something foreign.
     """
-    return _rebuild(Path(path), trust, "data", ("module",))
+    return _rebuild(Path(path), trust, data_root, ("module",))
 
 
 def rebuild(

@@ -39,7 +39,8 @@ def select(saved: State, own: State, parts: Sequence[str] | None = None) -> dict
     found = difference(*chosen)
     if found is not None:
         fitting = [word for word in words(own) if difference(_part(saved, [word]), _part(own, [word])) is None]
-        raise ValueError(f"{found}; what fits is init_parts=[{','.join(fitting)}].")
+        advice = f"what fits is init_parts=[{','.join(fitting)}]" if fitting else "no part of it fits"
+        raise ValueError(f"{found}; {advice}.")
     return dict(chosen[0])
 
 

@@ -44,6 +44,7 @@ def test_parts_that_are_taken(saved, parts, expected):
             ["encoder", "critic"],
             r"critic\.w is nothing, expected \[4\]; what fits .*=\[encoder\]\.",
         ),
+        (state(actor__w=6), None, r"encoder\.a is nothing, expected \[2\]; no part of it fits\.$"),
         ({**OWN, **state(actor__b=6)}, ["actor"], r"actor\.b is \[6\], expected nothing"),
         (
             OWN,
