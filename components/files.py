@@ -9,11 +9,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
-def check_file(path: Path, expected: str) -> None:
+def check_file(path: Path, expected: str, key: str | None = None) -> None:
     """Raise a FileNotFoundError unless there is an ordinary file: not a folder, or a pipe, which would be waited for.
 
     Args:
         expected: what it should be, and where to get it, as in "a file of questions from https://...".
+        key: of the configuration, which names the file.
     """
     if path.is_file():
         return
@@ -23,7 +24,7 @@ def check_file(path: Path, expected: str) -> None:
         found = "a link that leads to no file"
     else:
         found = "something else" if path.exists() else "none"
-    raise FileNotFoundError(f"{path}: expected {expected}, found {found}.")
+    raise FileNotFoundError(f"{'' if key is None else f'{key}='}{path}: expected {expected}, found {found}.")
 
 
 def visible_files(folder: Path, pattern: str) -> list[Path]:
@@ -94,6 +95,13 @@ def naming(path: str | Path) -> Iterator[None]:
         if system is None or system.filename is not None:
             raise
         raise OSError(system.errno, system.strerror, str(path)) from error
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether what a library raised over a file tells of the file, and not of memory or of what the system refused."""
+    system = _system_error(error)
+    # Where a damaged file has a library look for a place before its beginning, the system calls that invalid.
+    return not isinstance(error, MemoryError) and (system is None or system.errno in (0, errno.EINVAL))
 
 
 def _system_error(error: Exception) -> OSError | None:

@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import Tensor
 
-from components.files import check_file, naming, replacing
+from components.files import check_file, is_damage, naming, replacing
 from components.structure import COUNT, NUMBER, check_structure
 
 LAST = "last.ckpt"
@@ -54,17 +54,14 @@ def load_checkpoint(path: str | Path, key: str = "ckpt_path") -> dict[str, Any]:
         ValueError: the file is not a whole checkpoint.
     """
     path = Path(path)
-    try:
-        check_file(path, "a checkpoint file")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{key}={error}") from None
+    check_file(path, "a checkpoint file", key)
     try:
         with naming(path):
             _check_archive(path)
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # torch raises many types for many kinds of damage
+        if not is_damage(error):
+            raise
         raise ValueError(f"{key}={path}: expected a whole checkpoint, found a damaged or foreign file.") from error
     if not isinstance(checkpoint, dict) or "learning_method" not in checkpoint:
         raise ValueError(f"{key}={path}: expected a checkpoint of this project, found another file.")

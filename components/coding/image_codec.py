@@ -18,7 +18,7 @@ from components.checks import Size, checked
 from components.coding.code_models import CategoricalVAE
 from components.coding.code_streams import BitsBack, CodeStream, FixedLength, StaticFrequencies
 from components.coding.vqvae import DiscreteAutoencoder
-from components.files import replacing
+from components.files import check_file, is_damage, replacing
 
 STREAMS = ("fixed", "static", "bits_back")
 _CHUNK = 500
@@ -112,13 +112,12 @@ class ImageCodec(nn.Module):
             FileNotFoundError: there is no such file.
             ValueError: it is damaged, or of a codec of other sizes.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(
-                f"codec={path}: expected a trained codec, found none; `module=image_codec` trains one."
-            )
+        check_file(Path(path), "a trained codec (`module=image_codec` trains one)", "codec")
         try:
             state = load_file(path)
         except (SafetensorError, OSError) as error:
+            if not is_damage(error):
+                raise
             raise ValueError(f"codec={path}: expected a safetensors file, found a damaged one ({error}).") from error
         own = self.state_dict()
         for name in [*own, *state]:

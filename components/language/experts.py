@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from components.files import check_file, replacing
+from components.files import check_file, is_damage, replacing
 from components.language.singular_values import unscaled
 from components.structure import NUMBER, check_structure
 
@@ -66,6 +66,8 @@ class Expert:
                 metadata = file.metadata() or {}
                 scales = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         except (SafetensorError, OSError) as error:
+            if not is_damage(error):
+                raise
             raise ValueError(f"{path}: expected the file of an expert vector, found a damaged one ({error}).") from None
         if FORMAT not in metadata:
             raise ValueError(f"{path}: expected the file of an expert vector, found another kind of file.")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from components.buildable import buildable
-from components.files import check_file, read_text, replacing, visible_files
+from components.files import check_file, is_damage, read_text, replacing, visible_files
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
@@ -37,10 +37,7 @@ class PretrainedFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         for name in ("config.json", "tokenizer.json"):
-            if not (self.path / name).is_file():
-                raise FileNotFoundError(
-                    f"{self.path / name}: expected the folder of a language model, found no such file."
-                )
+            check_file(self.path / name, "a file of a language model's folder")
         if not self._weights():
             raise FileNotFoundError(f"{self.path}: expected weights in files *.safetensors, found none.")
 
@@ -139,6 +136,8 @@ class PretrainedFolder:
         try:
             yield
         except Exception as error:  # it depends on what is wrong
+            if not is_damage(error):
+                raise
             cause = next(iter(str(error).splitlines()), type(error).__name__)
             raise ValueError(f"{self.path}: expected a language model that transformers can load ({cause}).") from error
 

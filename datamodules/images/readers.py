@@ -19,6 +19,7 @@ from torch import Tensor
 
 from components.buildable import buildable
 from components.checks import Count, checked
+from components.files import check_file, is_damage
 
 _FASHION_SIZE = (28, 28)
 _PIECE = 2**20  # bytes decompressed at once
@@ -84,11 +85,11 @@ def fashion_mnist(folder: str = "/usr/share/datasets/fashion-mnist") -> Labelled
 
 def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     """An IDX file of bytes: magic number, sizes, values."""
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: expected a file of Fashion-MNIST (30 MB in all), found none; `apt-get install "
-            "dataset-fashion-mnist` puts it under /usr/share/datasets/fashion-mnist."
-        )
+    check_file(
+        path,
+        "a file of Fashion-MNIST (30 MB in all; `apt-get install dataset-fashion-mnist` puts it under "
+        "/usr/share/datasets/fashion-mnist)",
+    )
     try:
         with gzip.open(path) as file:
             header = file.read(4 + 4 * dimensions)
@@ -102,6 +103,8 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
             pieces = iter(lambda: file.read(_PIECE), b"")
             data = b"".join(itertools.islice(pieces, expected // _PIECE + 1))
     except (OSError, EOFError, zlib.error) as error:
+        if not is_damage(error):
+            raise
         raise ValueError(f"{path}: expected a gzipped IDX file, found a damaged one ({error}).") from error
     if len(data) != expected:
         raise ValueError(f"{path}: expected {expected} values after its header, found {len(data)}.")
@@ -123,15 +126,17 @@ def cifar100(folder: str) -> LabelledImages:
     parts = []
     for which in ("train", "test"):
         path = Path(folder) / which
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path}: expected a file of CIFAR-100, found none; unpack cifar-100-python.tar.gz (169 MB, from "
-                "https://www.cs.toronto.edu/~kriz/cifar.html) and set dataset.folder."
-            )
+        check_file(
+            path,
+            "a file of CIFAR-100 (unpack cifar-100-python.tar.gz, 169 MB, from "
+            "https://www.cs.toronto.edu/~kriz/cifar.html, and set dataset.folder)",
+        )
         try:
             content = _Inert(io.BytesIO(path.read_bytes()), encoding="bytes").load()
             images, labels = _bytes_matrix(content[b"data"]), content[b"fine_labels"]
         except Exception as error:  # unpickling raises many types for many kinds of damage
+            if not is_damage(error):
+                raise
             raise ValueError(f"{path}: expected a python file of CIFAR-100, found another ({error!r}).") from error
         if type(labels) is not list or any(type(label) is not int or not 0 <= label < 100 for label in labels):
             raise ValueError(f"{path}: expected fine_labels, a list of numbers from 0 to 99, found another.")

@@ -16,11 +16,12 @@ from typing import Literal
 import h5py
 import numpy as np
 
-from components.files import check_file
+from components.files import check_file, is_damage
 
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _LARGEST_RATIO = 1100  # deflate, by which both formats are packed, makes at most 1,032 bytes of one
-_SMALL = 2**20  # bytes that any array may claim
+_SMALL = 2**20  # bytes
+_MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 _LONGEST_REASON = 120
 _LISTED = 12  # names in an error
 
@@ -37,6 +38,8 @@ class ArrayFile(ABC):
     """
 
     kind: str
+    free_claim = _SMALL
+    """Bytes that an array may claim whatever the file has of it."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -79,7 +82,7 @@ class ArrayFile(ABC):
                 f"{self.file}: expected {key} to be numbers of {expected} dimensions, found {dtype} {list(shape)}."
             )
         claimed = math.prod(shape) * dtype.itemsize
-        if claimed > _LARGEST_RATIO * min(packed, os.path.getsize(self.file)) + _SMALL:
+        if claimed > _LARGEST_RATIO * min(packed, os.path.getsize(self.file)) + self.free_claim:
             raise self._damaged(f"{key} would have {claimed:.2g} bytes and has {packed}")
         return shape
 
@@ -94,6 +97,8 @@ class ArrayFile(ABC):
         try:
             yield
         except Exception as error:  # a damaged file makes libraries raise whatever they come upon
+            if not is_damage(error):
+                raise
             reason = next(iter(str(error).splitlines()), "")[:_LONGEST_REASON] or type(error).__name__
             raise self._damaged(reason) from error
 
@@ -154,6 +159,7 @@ class Hdf5File(ArrayFile):
     """Arrays of an HDF5 file; keys of those in groups are paths, as in `infos/qpos`."""
 
     kind = "HDF5"
+    free_claim = _MEMORY  # what was never written has no place in a file, and all the same its fill value
 
     def _open(self) -> None:
         self._h5 = h5py.File(self.file, "r")

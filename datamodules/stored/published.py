@@ -58,12 +58,12 @@ def mood_dataset(root: str, file: str) -> TransitionDataset:
         FileNotFoundError: there is no such file.
         ValueError: see `read_mood`.
     """
-    if not Path(file).is_file():
-        raise FileNotFoundError(
-            f"datamodule.dataset.file={file}: expected a MOOD mixture (MIXTURE__DOMAIN_TASK.hdf5 with physics), found "
-            "none; its authors (arXiv 2403.13097, https://github.com/facebookresearch/offline_rl) publish no download, "
-            "so ask them or record your own agents: 0.8 GB for a million transitions of humanoid."
-        )
+    check_file(
+        Path(file),
+        "a MOOD mixture (MIXTURE__DOMAIN_TASK.hdf5 with physics, 0.8 GB; its authors, arXiv 2403.13097, "
+        "https://github.com/facebookresearch/offline_rl, publish no download: ask them, or record your own agents)",
+        "datamodule.dataset.file",
+    )
     return _kept(root, Path(file).stem, [Path(file)], {}, lambda: read_mood(file))
 
 

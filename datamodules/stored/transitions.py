@@ -21,7 +21,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from components.files import replacing
+from components.files import check_file, is_damage, replacing
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -267,14 +267,15 @@ def _write_npy(path: Path, chunks: list[np.ndarray]) -> dict[str, Any]:
 
 
 def _open_npy(path: Path, stored: dict[str, Any]) -> Tensor:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a file of {stored['bytes']} bytes, found none.")
+    check_file(path, f"a file of {stored['bytes']} bytes")
     size = path.stat().st_size
     if size != stored["bytes"]:
         raise ValueError(f"{path}: expected {stored['bytes']} bytes, found {size}; the file is truncated or altered.")
     try:
         array = np.load(path, mmap_mode="c", allow_pickle=False)
     except Exception as error:  # a damaged header makes NumPy raise whatever it comes upon
+        if not is_damage(error):
+            raise
         raise ValueError(f"{path}: expected an array in .npy format, found something else ({error}).") from error
     if list(array.shape) != stored["shape"] or str(array.dtype) != stored["dtype"]:
         raise ValueError(
@@ -289,8 +290,7 @@ def _open_npy(path: Path, stored: dict[str, Any]) -> Tensor:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected the manifest of a data set, found none.")
+    check_file(path, "the manifest of a data set")
     try:
         manifest = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:

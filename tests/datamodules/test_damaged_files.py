@@ -17,6 +17,7 @@ import torch
 from components.language.experts import Expert
 from datamodules.images.readers import fashion_mnist
 from datamodules.language.questions import ARC, GSM8K, MATH
+from datamodules.stored.arrays import Hdf5File
 from datamodules.stored.own_files import read_own
 from datamodules.stored.readers import read_d4rl, read_exorl, read_mood
 from datamodules.stored.transitions import TransitionDataset
@@ -223,13 +224,13 @@ def test_what_is_no_file_is_named(name, tmp_path):
 
 
 def test_what_claims_more_than_it_has_is_never_made(tmp_path):
-    """24 GB of numbers, in files of a few bytes."""
-    rows = 3 * 2**31
+    """600 TB of numbers, in files of a few bytes."""
+    rows = 9 * 2**44
     shapes = {"observations": (rows, 1), "actions": (rows, 1), "rewards": (rows,), "terminals": (rows,)}
     with h5py.File(tmp_path / "toy.hdf5", "w") as file:
         for key, shape in shapes.items():
             file.create_dataset(key, shape, np.float32)  # of which nothing is written
-    with pytest.raises(ValueError, match=r"toy.hdf5: .* found a damaged one \(observations would have 2.6e\+10 bytes"):
+    with pytest.raises(ValueError, match=r"toy.hdf5: .* found a damaged one \(observations would have 6.3e\+14 bytes"):
         read_d4rl(tmp_path / "toy.hdf5")
     with zipfile.ZipFile(tmp_path / "own.npz", "w") as archive:
         for key, shape in shapes.items():
@@ -237,6 +238,37 @@ def test_what_claims_more_than_it_has_is_never_made(tmp_path):
                 header = {"descr": "<f4", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(stream, header)
     with pytest.raises(
-        ValueError, match=r"own.npz: .* found a damaged one \(observations would have 25769803904 bytes"
+        ValueError, match=r"own.npz: .* found a damaged one \(observations would have 633318697599104 bytes"
     ):
         read_own(tmp_path / "own.npz")
+
+
+def test_what_was_never_written_is_what_it_is_filled_with(tmp_path):
+    with h5py.File(tmp_path / "x.hdf5", "w") as file:
+        file.create_dataset("timeouts", 2_000_000, bool)
+        file.create_dataset("rewards", (2_000_000, 1), np.float32, chunks=(1000, 1), fillvalue=1)[0] = 5
+    with Hdf5File(tmp_path / "x.hdf5") as file:
+        assert not file.read("timeouts", 1).any()
+        assert file.read("rewards", 2, rows=slice(0, 3)).tolist() == [[5], [1], [1]]
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), MemoryError()])
+@pytest.mark.parametrize(
+    ("name", "library"),
+    [
+        ("own", "zipfile.ZipFile.__init__"),
+        ("d4rl", "h5py.File.__init__"),
+        ("idx_images", "gzip.open"),
+        ("expert", "components.language.experts.safe_open"),
+        ("saved_array", "numpy.load"),
+    ],
+)
+def test_memory_and_the_system_are_no_damage(name, library, error, tmp_path, monkeypatch):
+    _, read = FORMATS[name](tmp_path)
+
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(library, fails)
+    with pytest.raises(type(error)):
+        read()
