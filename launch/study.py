@@ -128,6 +128,9 @@ def _run_study(folder: Path, overrides: list[str]) -> float | None:
         for run in pending:
             own = started_from is not None and run.folder in started_from.parents
             parts = build(run, configs[run], started_from if own else run.checkpoint)
+            processes = parts[0].num_devices * parts[0].num_nodes
+            if processes > 1 and _searches():  # each would make the whole search, with values that it draws itself
+                raise ValueError(f"trainer.devices: expected one process in a search, found {processes}.")
             _remember(folder, overrides)  # now that they are known to make sense
             if run is pending[0]:
                 _say(f"Writing to {folder}")
@@ -166,12 +169,16 @@ def _check_settings(config: DictConfig, overrides: Sequence[str]) -> None:
         key = override.key_or_group
         if override.value() == {} and not override.is_add() and OmegaConf.select(config, key):
             raise CommandLineError(f"{key}={{}}: expected null, or keys one by one; a dictionary is merged into {key}.")
-    hydra = HydraConfig.get()
-    searches = hydra.mode == RunMode.MULTIRUN and hydra.runtime.choices["hydra/sweeper"] != "basic"
-    if searches and config.objective is None:
+    if _searches() and config.objective is None:
         raise CommandLineError("objective=null: expected eval/METRIC, the number that the search is for.")
 
 
+def _searches() -> bool:
+    hydra = HydraConfig.get()
+    return hydra.mode == RunMode.MULTIRUN and hydra.runtime.choices["hydra/sweeper"] != "basic"
+
+
+@rank_zero_only  # which alone writes the results
 def _objective(name: str, folder: Path, arms: Mapping[str, Any]) -> float:
     """The mean of a metric over seeds and over the arms that have it.
 

@@ -4,6 +4,10 @@ import json
 
 import pytest
 import yaml
+from lightning.pytorch.utilities import rank_zero_only
+
+from launch.files import write_json
+from launch.study import _objective
 
 OPTUNA = ("-m", "hydra/sweeper=optuna", "hydra.sweeper.sampler.seed=0", "hydra.sweeper.direction=maximize")
 
@@ -35,6 +39,10 @@ def test_a_search_maximises_what_it_is_asked_for(program, two_arms, tmp_path):
             ["objective=eval/goal/score"],
             "objective=eval/goal/score: expected a metric of the evaluation, one of eval/goals",
         ),
+        (
+            ["objective=eval/goals/score", "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"],
+            "trainer.devices: expected one process in a search, found 2.",
+        ),
     ],
 )
 def test_a_search_for_nothing_is_one_sentence(program, one_arm, tmp_path, objective, message):
@@ -43,6 +51,13 @@ def test_a_search_for_nothing_is_one_sentence(program, one_arm, tmp_path, object
     finished = program(*one_arm, f"output_root={tmp_path}", *search, "module.updates=5")
     assert finished.code != 0
     assert finished.err.splitlines()[-1].startswith(message)
+
+
+def test_of_several_processes_the_first_has_the_number(tmp_path, monkeypatch):
+    write_json(tmp_path / "results.json", {"arms": {"a": {"x": {"mean": 1.0}}, "b": {"x": {"mean": 4.0}}, "c": {}}})
+    assert _objective("eval/x", tmp_path, {"a": [], "b": [], "c": []}) == 2.5
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    assert _objective("eval/x", tmp_path / "not written yet", {"a": []}) is None
 
 
 def test_a_run_that_fails_does_not_end_a_sweep(program, one_arm, tmp_path):
