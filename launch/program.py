@@ -51,7 +51,11 @@ def train(config: DictConfig) -> float | None:
             hydra_config.run.dir = hydra_config.runtime.output_dir  # Lightning asks for it
     with errors_past_hydra():
         if is_first_process():
-            as_known = " with its own settings" if departures(hydra_config.overrides.task, WHERE) else ""
+            as_known = (
+                " with its own settings"
+                if departures(OmegaConf.to_container(hydra_config.overrides.task), WHERE)
+                else ""
+            )
             print(f"{config.name}: {config.summary} Takes {config.duration}{as_known}.", flush=True)
         # They take seconds, and the line above, help and typing errors do not need them.
         import_lightning()

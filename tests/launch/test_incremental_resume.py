@@ -72,5 +72,5 @@ def test_other_settings_of_the_codec_are_named(program, uninterrupted):
     arguments = ("experiment=drr_digits", "arms=null", f"datamodule.store.weights={weights}")
     finished = program(*arguments, f"output_root={uninterrupted / 'other'}", "codec.autoencoder.width=16")
     assert finished.code == 1
-    assert "is [16, 1, 4, 4], expected [8, 1, 4, 4]" in finished.err
+    assert "is torch.float32 [16, 1, 4, 4], expected torch.float32 [8, 1, 4, 4]" in finished.err
     assert len(finished.err.strip().splitlines()) == 1
