@@ -100,9 +100,9 @@ def merged(folder: Path, given: Sequence[str]) -> list[str]:
     remembered = lasting(remembered, given)
     added = {key: o[: o.index(key)] for o in remembered if o.startswith("+") and (key := override_key(o))}
     # What is given as it was before stays where it was, so that a run is told as if it had never stopped.
-    before = {override_key(override): override for override in remembered}
-    again = lasting(given, remembered)
-    given = [override for override, o in zip(given, again) if before.get(override_key(override)) != o]
+    # The last of a key is the one that counts.
+    before, now = ({override_key(o): o for o in part} for part in (remembered, lasting(given, remembered)))
+    given = [o for o in given if before.get(override_key(o)) != now[override_key(o)]]
     # The same override given again replaces its former value: a deletion or an addition can't be made twice.
     keys = {override_key(override) for override in given}
     kept = [override for override in remembered if override_key(override) not in keys]

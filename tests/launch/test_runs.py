@@ -50,3 +50,11 @@ def test_what_is_given_anew_takes_the_place_of_what_was(tmp_path):
     write_overrides(tmp_path, BEGAN)
     asked = merged(tmp_path, ["num_seeds=2", "module.updates=7", "own=2"])
     assert asked == ["experiment=fb_overdrive", "+preset=fb_mm", "num_seeds=2", "module.updates=7", "++own=2"]
+
+
+def test_of_an_override_that_was_given_twice_the_last_counts(tmp_path):
+    """As the other processes of a run give all of them again, when its folder remembers them already."""
+    twice = ["experiment=fb_overdrive", "module.updates=240", "num_seeds=1", "module.updates=40"]
+    write_overrides(tmp_path, twice)
+    assert merged(tmp_path, twice) == twice
+    assert merged(tmp_path, ["module.updates=50"])[-1] == "module.updates=50"
