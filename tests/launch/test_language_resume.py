@@ -165,7 +165,8 @@ def test_a_killed_search_goes_on_bit_for_bit(assert_same_runs, program, adaptati
     assert_same_runs(folder, whole.folder, ["cem", "best_expert"], holds=("chosen",))
     elsewhere = folder.rename(tmp_path / "elsewhere")
     checkpoint = elsewhere / "cem" / "seed_0" / "checkpoints" / "last.ckpt"
-    module, _, _ = rebuild(checkpoint)  # its experts have moved with it
+    data_root = next(each.removeprefix("data_root=") for each in adaptation if each.startswith("data_root="))
+    module, _, _ = rebuild(checkpoint, data_root=data_root)  # its experts have moved with it
     assert torch.equal(module.chosen, load_checkpoint(checkpoint)["state_dict"]["chosen"])
 
 
