@@ -106,7 +106,7 @@ def _rebuild(
         raise ValueError(f"ckpt_path={path}: expected a checkpoint written by train.py, found one without a recipe.")
     study = study_of(path)
     if study is not None:
-        recipe = _moved(recipe, recipe.get("study"), str(study))
+        recipe = moved(recipe, recipe.get("study"), str(study))
     check_recipe(recipe, path, trust, (Path(data_root), *([] if study is None else [study])), parts)
     module = _built(recipe["module"], path, L.LightningModule, **recipe["spec"])
     module.on_load_checkpoint(checkpoint)
@@ -134,12 +134,12 @@ def study_of(checkpoint: Path) -> Path | None:
     return folder if folder is not None and (folder / RUN_FILE).exists() else None
 
 
-def _moved(node: Any, before: str | None, now: str) -> Any:
+def moved(node: Any, before: str | None, now: str) -> Any:
     """A recipe whose files in the folder that its study had are where that folder is now."""
     if isinstance(node, Mapping):
-        return {key: _moved(value, before, now) for key, value in node.items()}
+        return {key: moved(value, before, now) for key, value in node.items()}
     if isinstance(node, list | tuple):
-        return [_moved(value, before, now) for value in node]
+        return [moved(value, before, now) for value in node]
     if before is not None and isinstance(node, str) and node.startswith(f"{before}/"):
         return now + node.removeprefix(before)
     return node

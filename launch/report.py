@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from launch.curves import draw_curves
 from launch.files import COMPLETION_RESULTS, REFERENCE_RESULTS, RESULTS, read_json, write_json, write_text
 from launch.overrides import WHERE, departures, train_command
+from launch.resumptions import sentences
 from launch.statistics import LEVEL, RESAMPLES, bootstrap_interval, interquartile_mean
 
 REFERENCES = "references.json"
@@ -29,7 +30,12 @@ HOW_LONG = ("num_seeds", "threads", "trainer", "callbacks", "checkpoint_every")
 
 
 def write_report(
-    config: DictConfig, overrides: Sequence[str], runs: Sequence[Any], folder: Path, remarks: Sequence[str] = ()
+    config: DictConfig,
+    overrides: Sequence[str],
+    runs: Sequence[Any],
+    folder: Path,
+    remarks: Sequence[str] = (),
+    resumed: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Summarise the runs of an experiment, which `overrides` composed, in its folder.
 
@@ -38,6 +44,7 @@ def write_report(
 
     Args:
         remarks: what is to be said of these very runs, beside the experiment's notes.
+        resumed: what was changed while they were made, see `launch.resumptions.RESUMED`.
     """
     results = {run: read_json(run.results, RESULTS) for run in runs}
     seeds = sorted({run.seed for run in runs})
@@ -59,6 +66,7 @@ def write_report(
         "seconds": round(sum(result["seconds"] for result in results.values()), 1),
         "arms": arms,
         "aggregate": aggregate,
+        "resumed": [one for one in resumed if one["run"] in {run.name for run in runs}],
         "provenance": _made_by(results),
     }
     write_json(folder / "results.json", summary)
@@ -122,7 +130,7 @@ def _made_by(results: Mapping[Any, Mapping[str, Any]]) -> list[dict[str, Any]]:
     runs: dict[str, list[str]] = {}
     for run, result in results.items():
         if "provenance" in result:  # a former version did not write it
-            runs.setdefault(json.dumps(result["provenance"]), []).append(f"{run.arm}/seed_{run.seed}")
+            runs.setdefault(json.dumps(result["provenance"]), []).append(run.name)
     return [{**json.loads(made), "runs": names} for made, names in runs.items()]
 
 
@@ -137,6 +145,8 @@ def _markdown(
 ) -> str:
     arms, seeds, runs = summary["arms"], summary["seeds"], list(results)
     lines = [f"# {config.name}", "", config.summary, "", "```bash", train_command(*overrides), "```", ""]
+    for sentence in sentences(summary["resumed"], len(runs)):
+        lines += [sentence, ""]
     lines += [f"Seeds {seeds}; mean ± standard error over {_over(arms, seeds)}.", ""]
     lines += _table(arms, lambda value: _cell(value, len(seeds)))
     for remark in [*_notes(config.notes, overrides), *remarks]:

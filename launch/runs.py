@@ -3,7 +3,7 @@
 import fcntl
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -16,9 +16,10 @@ from components.structure import check_structure
 from launch.experiments import is_group
 from launch.files import write_text
 from launch.overrides import SEARCH_PATH, given_value, override_key
+from launch.resumptions import RESUMED
 
 RUN_FILE = "run.yaml"
-"""Marks the folder of a run; holds the overrides it was started with."""
+"""Marks the folder of a run; holds the overrides it was started with, and what was changed since."""
 LOCK = ".lock"
 
 
@@ -60,24 +61,37 @@ def read_overrides(folder: Path) -> list[str]:
         FileNotFoundError, ValueError: the file is none, or damaged.
     """
     path = folder / RUN_FILE
+    overrides = _read(path)["overrides"]
+    for override in overrides:
+        key = override_key(override)
+        # What Hydra is told it would call before anything is checked.
+        if key == "trust" or (key != SEARCH_PATH and "hydra" in re.split(r"[/@.:]", key)):
+            raise ValueError(f"{path}: expected what a run is made of, found {key}, which only a person may set.")
+    return overrides
+
+
+def read_resumed(folder: Path) -> list[Mapping[str, Any]]:
+    """What was changed when the runs in a folder were resumed, see `launch.resumptions.RESUMED`."""
+    return _read(folder / RUN_FILE)["resumed"]
+
+
+def _read(path: Path) -> dict[str, Any]:
     if not path.exists() and not path.is_symlink():
-        return []
+        return {"overrides": [], "resumed": []}
     try:
         content = yaml.safe_load(read_text(path, "what a run was started with"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: expected YAML, found something else ({' '.join(str(error).split())}).") from error
     check_structure(content, {"overrides": [str]}, str(path))
-    for override in content["overrides"]:
-        key = override_key(override)
-        # What Hydra is told it would call before anything is checked.
-        if key == "trust" or (key != SEARCH_PATH and "hydra" in re.split(r"[/@.:]", key)):
-            raise ValueError(f"{path}: expected what a run is made of, found {key}, which only a person may set.")
-    return content["overrides"]
+    content = {"resumed": [], **content}  # a former version did not write it, nor does this one where nothing changed
+    check_structure(content, {"resumed": RESUMED}, str(path))
+    return content
 
 
-def write_overrides(folder: Path, overrides: list[str]) -> None:
-    """Remember what a run was started with, which makes the folder one that can be resumed."""
-    write_text(folder / RUN_FILE, yaml.safe_dump({"overrides": overrides}, allow_unicode=True))
+def write_overrides(folder: Path, overrides: list[str], resumed: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Remember what a run was started with and what was changed, which makes the folder one that can be resumed."""
+    content = {"overrides": overrides, **({"resumed": list(resumed)} if resumed else {})}
+    write_text(folder / RUN_FILE, yaml.safe_dump(content, allow_unicode=True, sort_keys=False))
 
 
 def merged(folder: Path, given: Sequence[str]) -> list[str]:

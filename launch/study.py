@@ -30,11 +30,12 @@ from launch.checkpoints import LAST, load_checkpoint
 from launch.errors import CommandLineError, Stopped
 from launch.files import RESULTS, read_json, write_json
 from launch.overrides import SEARCH_PATH, given_value, override_key, quoted, train_command
-from launch.recipes import RUN_FOLDERS, check_targets, foreign_packages, only_checkpoint
+from launch.recipes import RUN_FOLDERS, check_targets, foreign_packages, moved, only_checkpoint
 from launch.report import REFERENCES, write_report
-from launch.runs import LOCK, RUN_FILE, check_folder_name, lasting, locked, merged, write_overrides
+from launch.resumptions import PARTS, changes, history, in_words, leaves
+from launch.runs import LOCK, RUN_FILE, check_folder_name, lasting, locked, merged, read_resumed, write_overrides
 from launch.stops import leave_signals, stopping_at_once
-from launch.values import check_types, check_values, one_of
+from launch.values import check_types, check_values, one_of, set_by
 
 TOP_LEVEL = {
     "name": str,
@@ -66,6 +67,10 @@ class Run:
     arm: str
     seed: int
     folder: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}/seed_{self.seed}"
 
     @property
     def results(self) -> Path:
@@ -116,8 +121,13 @@ def _run_study(folder: Path, overrides: list[str]) -> float | None:
             check_targets(_parts(configs[run]), str(folder / RUN_FILE), trust, RUN_FOLDERS, unmarked=True)
         check_types(configs[run], TOP_LEVEL)
         check_values(configs[run])
+    checkpoints = {run: run.checkpoint for run in runs}
+    checkpoints |= {run: started_from for run in runs if started_from and run.folder in started_from.parents}
     pending = [run for run in runs if not _finished(run, configs[run])]
     _check_finished(runs, pending, configs)
+    for run in pending:
+        if checkpoints[run].exists():
+            _check_updates(run, configs[run], load_checkpoint(checkpoints[run])["learning_method"]["updates"])
     for run in pending:
         begins = configs[run].init_from
         if begins is None or run.checkpoint.exists() or Path(begins).is_relative_to(folder):  # not there yet
@@ -126,12 +136,11 @@ def _run_study(folder: Path, overrides: list[str]) -> float | None:
     announce(config, overrides, runs, pending)
     try:
         for run in pending:
-            own = started_from is not None and run.folder in started_from.parents
-            parts = build(run, configs[run], started_from if own else run.checkpoint)
+            *parts, saved = build(run, configs[run], checkpoints[run])
             processes = parts[0].num_devices * parts[0].num_nodes
             if processes > 1 and _searches():  # each would make the whole search, with values that it draws itself
                 raise ValueError(f"trainer.devices: expected one process in a search, found {processes}.")
-            _remember(folder, overrides)  # now that they are known to make sense
+            _remember(folder, overrides, run, saved, parts[1].recipe)  # now that they are known to make sense
             if run is pending[0]:
                 _say(f"Writing to {folder}")
             train(*parts, folder)
@@ -197,8 +206,8 @@ def _objective(name: str, folder: Path, arms: Mapping[str, Any]) -> float:
 
 def build(
     run: Run, config: DictConfig, checkpoint: Path
-) -> tuple[L.Trainer, L.LightningModule, L.LightningDataModule, Path | None]:
-    """The parts of one arm with one seed, and its checkpoint if there is one."""
+) -> tuple[L.Trainer, L.LightningModule, L.LightningDataModule, Path | None, dict[str, Any] | None]:
+    """The parts of one arm with one seed, and if there is one its checkpoint and what that says of itself."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     L.seed_everything(config.seed, workers=True, verbose=False)
@@ -210,10 +219,11 @@ def build(
         "spec": dict(datamodule.spec),
         "module": OmegaConf.to_container(config.module, resolve=True),
         "datamodule": OmegaConf.to_container(config.datamodule, resolve=True),
+        "trainer": OmegaConf.to_container(config.trainer, resolve=True),
     }
     if checkpoint.is_symlink() and not checkpoint.exists():
         raise FileNotFoundError(f"{checkpoint}: expected a checkpoint, found a link that leads nowhere.")
-    resume = checkpoint if checkpoint.exists() else None
+    resume, saved = checkpoint if checkpoint.exists() else None, None
     for other in [] if resume is not None else run.folder.glob("hpc_ckpt_*"):
         raise ValueError(f"{other}: expected none but {LAST}, found what Lightning would load on SLURM; delete it.")
     if resume is None and run.folder.exists():
@@ -222,12 +232,13 @@ def build(
         _say(f"{run.arm}, seed {run.seed}: {_begin(module, config)}")
     if resume is not None:
         saved = _check(resume, module, datamodule)
-        _say(f"{run.arm}, seed {run.seed}: resuming after {saved['updates']} updates{_changes(saved, module.recipe)}.")
+        changed = in_words(changes(saved["recipe"], module.recipe))
+        _say(f"{run.arm}, seed {run.seed}: resuming after {saved['updates']} updates{changed}.")
     loggers = [instantiate(logger) for logger in config.logger.values()]
     callbacks = [instantiate(callback) for callback in config.callbacks.values() if callback is not None]
     trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers, default_root_dir=str(run.folder))
     leave_signals(trainer)
-    return trainer, module, datamodule, resume
+    return trainer, module, datamodule, resume, saved
 
 
 def train(
@@ -266,7 +277,7 @@ def _begin(module: L.LightningModule, config: DictConfig) -> str:
 
 
 def _check(checkpoint: Path, module: L.LightningModule, datamodule: L.LightningDataModule) -> dict[str, Any]:
-    """What a checkpoint says of itself; it is checked before anything is written.
+    """What a checkpoint says of itself, its files being where they are now; it is checked before anything is written.
 
     Raises:
         ValueError: module or datamodule can't go on from it; names the file.
@@ -279,29 +290,9 @@ def _check(checkpoint: Path, module: L.LightningModule, datamodule: L.LightningD
         module.check_checkpoint(saved)
     except ValueError as error:
         raise ValueError(f"ckpt_path={checkpoint}: {error}") from error
-    return saved["learning_method"]
-
-
-def _changes(saved: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
-    """What a run goes on with that it did not begin with, but for its length."""
-    before, now = (
-        dict(_leaves({part: each[part] for part in ("module", "datamodule")}))
-        for each in (saved["recipe"] or recipe, recipe)
-    )
-    changed = [
-        f"{key}={now.get(key)} (was {before.get(key)})"
-        for key in {**before, **now}
-        if before.get(key) != now.get(key) and key != "module.updates"
-    ]
-    return f", with {', '.join(changed)}" if changed else ""
-
-
-def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(node, Mapping) and node:
-        for name, value in node.items():
-            yield from _leaves(value, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, node
+    state = saved["learning_method"]
+    before = state["recipe"] or module.recipe
+    return {**state, "recipe": moved(before, before["study"], module.recipe["study"])}
 
 
 def run_configs(runs: Sequence[Run], config: DictConfig, overrides: list[str]) -> dict[Run, DictConfig]:
@@ -353,8 +344,11 @@ def _say(text: str) -> None:
 
 
 @rank_zero_only
-def _remember(folder: Path, overrides: list[str]) -> None:
-    write_overrides(folder, _kept(overrides))
+def _remember(
+    folder: Path, overrides: list[str], run: Run, saved: Mapping[str, Any] | None, recipe: Mapping[str, Any]
+) -> None:
+    """Write down what runs are made with, and what a run that goes on after `saved` changes."""
+    write_overrides(folder, _kept(overrides), history(read_resumed(folder), run.name, saved, recipe))
 
 
 def _kept(overrides: list[str]) -> list[str]:
@@ -367,18 +361,30 @@ def _finished(run: Run, config: DictConfig) -> bool:
     return run.results.exists() and read_json(run.results, RESULTS)["updates"] >= config.module.updates
 
 
+def _check_updates(run: Run, config: DictConfig, done: int) -> None:
+    """Raise a ValueError if a run has made more updates than are asked for: no report could say so of it."""
+    asked = config.module.updates
+    if done > asked:
+        key = set_by(config.module, "updates", "module.updates")
+        raise ValueError(
+            f"{key}={asked}: expected at least {done}, which {run.arm}, seed {run.seed} has made; start anew without "
+            "ckpt_path."
+        )
+
+
 def _check_finished(runs: list[Run], pending: list[Run], configs: Mapping[Run, DictConfig]) -> None:
     """Raise a ValueError if results that would be kept were made in another way than is asked for now."""
     exceeded = {run: f"{run.folder}{os.sep}" for run in pending if run.results.exists()}
+    made_with = ("module", "datamodule") if pending else PARTS  # what is left to do may be done on another machine
     for run in runs:
         if run in pending:
             continue
         advice = f"start anew without ckpt_path, or delete {run.results}"
-        saved = read_json(run.results, {**RESULTS, "recipe": (None, dict)})["recipe"] or {}
+        results = read_json(run.results, {**RESULTS, "recipe": (None, dict)})
+        _check_updates(run, configs[run], results["updates"])
+        saved = results["recipe"] or {}
         now = OmegaConf.to_container(configs[run], resolve=True)
-        before, asked = (
-            dict(_leaves({part: each.get(part) for part in ("module", "datamodule")})) for each in (saved, now)
-        )
+        before, asked = (dict(leaves({part: each.get(part) for part in made_with})) for each in (saved, now))
         for key in before.keys() & asked.keys() - {"module.updates"}:
             moved = str(run.folder.parents[1]) in str(asked[key])  # a path in the study's own folder
             if before[key] != asked[key] and not moved:
@@ -448,6 +454,6 @@ def _replaced(config: DictConfig, overrides: list[str]) -> list[str]:
 @rank_zero_only
 def _finish(config: DictConfig, overrides: list[str], runs: list[Run], folder: Path) -> None:
     kept = lasting(_kept(overrides))
-    write_report(config, kept, runs, folder, _replaced(config, kept))
+    write_report(config, kept, runs, folder, _replaced(config, kept), read_resumed(folder))
     print((folder / "report.md").read_text())
     print(folder)

@@ -49,7 +49,7 @@ def check_values(config: DictConfig, key: str = "") -> None:
         if taken is not None and name not in taken and not str(name).startswith("_"):
             known = ", ".join(taken) or "nothing"
             raise ValueError(f"{path}: expected what {target.split('.')[-1]} takes ({known}), found {name}.")
-        path = _set_by(config, name, path)
+        path = set_by(config, name, path)
         if isinstance(value, DictConfig):
             check_values(value, path)
         if name in parameters and not (isinstance(value, DictConfig) and "_target_" in value):
@@ -66,7 +66,7 @@ def check_types(config: DictConfig, annotations: Mapping[str, Any]) -> None:
         _check_value(name, config.get(name), annotation)
 
 
-def _set_by(config: DictConfig, name: str, path: str) -> str:
+def set_by(config: DictConfig, name: str, path: str) -> str:
     """The key that a value is set by: another one where it is nothing but a reference to that."""
     if not OmegaConf.is_interpolation(config, name):
         return path

@@ -11,7 +11,7 @@ import pytest
 
 from callbacks.run_log import read_rows
 from launch.checkpoints import load_checkpoint
-from launch.runs import write_overrides
+from launch.runs import read_resumed, write_overrides
 
 ARMS = ("fb_narrow", "fb_aw_narrow")
 
@@ -110,15 +110,29 @@ def test_finished_study_goes_on_to_more_updates(assert_same_runs, program, one_a
     longer = program(*one_arm, root, "module.updates=60", "ckpt_path=last")
     assert (short.code, longer.code) == (0, 0), short.err + longer.err
     assert longer.folder == short.folder
-    assert "resuming after 40 updates.\n" in longer.out
+    assert "resuming after 40 updates with module.updates=60 (was 40).\n" in longer.out
     whole = program(*one_arm, root, "module.updates=60")
     assert whole.folder != short.folder
     assert_same_runs(longer.folder, whole.folder, ["fb_aw_narrow"])
     # Remembered for the next time.
     assert "2 of 2" not in program("experiment=fb_overdrive", f"ckpt_path={longer.folder}").out
     assert json.loads((longer.folder / "fb_aw_narrow/seed_0/results.json").read_text())["updates"] == 60
+    # What is changed is told for good, and what can't be is refused.
     other = program(*one_arm, root, "module.updates=80", "module.learning_rate=2e-3", f"ckpt_path={longer.folder}")
-    assert "resuming after 60 updates, with module.learning_rate=0.002 (was 0.001).\n" in other.out
+    changed = "after 60 updates with module.learning_rate=0.002 (was 0.001), module.updates=80 (was 60).\n"
+    assert f"resuming {changed}" in other.out
+    report = (longer.folder / "report.md").read_text()
+    assert f"Resumed after 40 updates with module.updates=60 (was 40).\n\nResumed {changed}" in report
+    summary = json.loads((longer.folder / "results.json").read_text())
+    assert summary["resumed"] == read_resumed(longer.folder)
+    assert summary["resumed"][1]["changes"]["module.learning_rate"] == {"before": 0.001, "now": 0.002}
+    assert json.loads((whole.folder / "results.json").read_text())["resumed"] == []
+    before = {path: path.read_bytes() for path in longer.folder.glob("*.*")}
+    for _ in ("finished", "pending"):
+        fewer = program(*one_arm, "module.updates=40", f"ckpt_path={longer.folder}")
+        assert (fewer.code, "module.updates=40: expected at least 80, which fb_aw_narrow" in fewer.err) == (1, True)
+        (longer.folder / "fb_aw_narrow/seed_0/results.json").unlink(missing_ok=True)
+    assert {path: path.read_bytes() for path in longer.folder.glob("*.*")} == before
 
 
 def test_run_that_was_killed_before_its_first_checkpoint_starts_over(program, one_arm, tmp_path):

@@ -167,7 +167,9 @@ def test_divergence_of_two_distributions():
 
 
 def test_folders_that_hold_no_model_are_named(tmp_path, model):
-    with pytest.raises(FileNotFoundError, match=r"config\.json: expected a file of a language model's folder, found none"):
+    with pytest.raises(
+        FileNotFoundError, match=r"config\.json: expected a file of a language model's folder, found none"
+    ):
         PretrainedFolder(tmp_path)
     model.save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
