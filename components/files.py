@@ -1,10 +1,11 @@
 """Files and folders: read with a sentence for what is wrong with one, and written either whole or not at all."""
 
 import errno
+import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -83,6 +84,32 @@ def replacing(path: str | Path, *, shared: bool = False) -> Iterator[Path]:
             if isinstance(error, OSError) and str(error.filename).startswith(str(temporary)):
                 error.filename = str(path)  # the one that is known to others
             raise
+
+
+@contextmanager
+def locking(path: str | Path, taken: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock of a file, which is made if need be; the system releases it if the process dies.
+
+    On a file system without locks nothing is held.
+
+    Args:
+        taken: called where another process holds it, before that is waited for; may raise instead.
+
+    Raises:
+        OSError: the file can't be made, or is a link, which is not followed.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            taken()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

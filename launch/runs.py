@@ -1,6 +1,5 @@
 """Where runs live, and how the one to resume is found."""
 
-import fcntl
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from components.files import read_text
+from components.files import locking, read_text
 from components.structure import check_structure
 from launch.experiments import is_group
 from launch.files import write_text
@@ -181,13 +180,9 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: another program is in it.
     """
-    with open(folder / LOCK, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"{folder}: expected a run that no program is at work on, found one; wait for it, or stop it."
-            ) from error
-        except OSError:  # a file system without locks
-            pass
+
+    def taken() -> None:
+        raise ValueError(f"{folder}: expected a run that no program is at work on, found one; wait for it, or stop it.")
+
+    with locking(folder / LOCK, taken):
         yield

@@ -9,7 +9,6 @@ Legend: rows are environments stepped together, steps their common length.
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import hashlib
 import json
@@ -32,6 +31,7 @@ from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
 from tqdm import tqdm
 
+from components.files import locking
 from datamodules.stored.transitions import TransitionDataset, write_dataset
 
 _BATCH_STEPS = 100  # steps between two looks at the progress
@@ -81,8 +81,8 @@ def collect_dataset(
     """Load the data set of a recipe, collecting first what is missing of it.
 
     Finished shards lie in `root/NAME-HASH.partial` until the data set is complete. Processes that want the same data
-    set (a sweep, the ranks of one run) wait for the first and then load what it made; this rests on a file lock, which
-    some network file systems do not honour.
+    set (a sweep, the ranks of one run) wait for the first and then load what it made; this rests on a file lock, and
+    where a network file system has none, one process is to make it before the others start.
 
     An episode of the data set is an unbroken run of kept transitions of one row, without a reset inside. Its last
     transition is marked truncated unless it terminated.
@@ -120,12 +120,11 @@ def making(folder: Path) -> Iterator[None]:
 
     What killed processes left of it is deleted.
     """
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"Waiting for another process that is making {folder}.", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+
+    def taken() -> None:
+        print(f"Waiting for another process that is making {folder}.", flush=True)
+
+    with locking(folder.with_name(f".{folder.name}.lock"), taken):
         for leftover in folder.parent.glob(f".saving-*.{glob.escape(folder.name)}"):
             shutil.rmtree(leftover)
         yield

@@ -1,6 +1,7 @@
 """What is written is whole or was never there, whatever stops it; and errors of the system name the file."""
 
 import errno
+import fcntl
 import os
 import resource
 import signal
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from components.files import naming, replacing, reserve
+from components.files import locking, naming, replacing, reserve
 
 LIMIT = 100_000
 LARGE = torch.arange(LIMIT)  # of eight times as many bytes
@@ -131,3 +132,34 @@ def test_a_disk_without_the_room_is_one_sentence(small_disk):
         reserve(small_disk)
     os.truncate(small_disk / "large", 7 * 2**20)
     reserve(small_disk)
+
+
+def test_a_lock_is_one_processes_until_it_leaves_it(tmp_path):
+    class Taken(Exception):
+        pass
+
+    def taken():
+        raise Taken
+
+    with locking(tmp_path / "lock", taken), pytest.raises(Taken), locking(tmp_path / "lock", taken):
+        pass
+    with locking(tmp_path / "lock", taken):
+        pass
+
+
+def test_a_file_system_without_locks_is_written_to_all_the_same(tmp_path, monkeypatch):
+    def refuse(descriptor, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with locking(tmp_path / "lock", pytest.fail), replacing(tmp_path / "file") as temporary:
+        temporary.write_text("whole")
+    assert (tmp_path / "file").read_text() == "whole"
+
+
+def test_a_lock_follows_no_link(tmp_path):
+    (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic links") as caught, locking(tmp_path / "lock", pytest.fail):
+        pass
+    assert caught.value.filename == str(tmp_path / "lock")
+    assert not (tmp_path / "elsewhere").exists()
