@@ -21,7 +21,7 @@ from launch.errors import CommandLineError
 from launch.files import write_json
 from launch.recipes import find_checkpoint, find_checkpoints, rebuild, study_of
 from launch.report import write_evaluation
-from launch.runs import new_folder
+from launch.runs import check_inside, new_folder
 from launch.stops import leave_signals, stopping_at_once
 from launch.study import quieten
 
@@ -77,6 +77,9 @@ def main() -> None:
     if given["threads"]:
         torch.set_num_threads(given["threads"])
     path = find_checkpoint(given["ckpt_path"], given["output_root"])
+    beside = path.resolve().parent
+    run = beside.parent if beside.name == "checkpoints" else beside
+    check_inside(run / "evaluations", run)
     trust = tuple(given["trust"].split(",")) if given["trust"] else ()
     module, datamodule, recipe = rebuild(path, trust, given["data_root"])
     datamodule.choose_tasks(given["protocol"], given["reward"])
@@ -88,8 +91,6 @@ def main() -> None:
         another = shlex.quote(f"ckpt_path={others[0]}")
         print(f"The study has {len(others)} more: name one to evaluate it, such as {another}", flush=True)
 
-    beside = path.resolve().parent
-    run = beside.parent if beside.name == "checkpoints" else beside
     folder = new_folder(run / "evaluations")
     callbacks = [RewardCurves(folder), Films(folder, seconds=given["seconds"]), Results(folder)]
     trainer = L.Trainer(

@@ -173,6 +173,20 @@ def run_of(path: Path) -> Path:
     raise FileNotFoundError(f"{expected}, found neither.")
 
 
+def check_links(folder: Path) -> None:
+    """Raise a ValueError if a folder in that of a run is a link out of it: what it holds would be written to."""
+    for parent, names, _ in os.walk(folder):
+        for name in names:
+            check_inside(Path(parent, name), folder)
+
+
+def check_inside(path: Path, folder: Path) -> None:
+    """Raise a ValueError if a path in a run's folder leads out of it."""
+    found = os.path.realpath(path)
+    if not Path(found).is_relative_to(os.path.realpath(folder)):
+        raise ValueError(f"{path}: expected a folder in {folder}, found a link to {found}.")
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep other programs out of a run's folder, until this one leaves it or dies.

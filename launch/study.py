@@ -33,7 +33,17 @@ from launch.overrides import SEARCH_PATH, given_value, override_key, quoted, tra
 from launch.recipes import RUN_FOLDERS, check_targets, foreign_packages, moved, only_checkpoint
 from launch.report import REFERENCES, write_report
 from launch.resumptions import PARTS, changes, history, in_words, leaves
-from launch.runs import LOCK, RUN_FILE, check_folder_name, lasting, locked, merged, read_resumed, write_overrides
+from launch.runs import (
+    LOCK,
+    RUN_FILE,
+    check_folder_name,
+    check_links,
+    lasting,
+    locked,
+    merged,
+    read_resumed,
+    write_overrides,
+)
 from launch.stops import leave_signals, stopping_at_once
 from launch.values import check_types, check_values, one_of, set_by
 
@@ -95,6 +105,8 @@ def run_study() -> float | None:
     # As text: an interpolation among them is resolved for each run.
     hydras, given = (OmegaConf.to_container(part) for part in (hydra.overrides.hydra, hydra.overrides.task))
     given = [*(override for override in hydras if override_key(override) == SEARCH_PATH), *given]
+    if rank_zero_only.rank == 0 and (folder / RUN_FILE).exists():  # it may come from anybody
+        check_links(folder)
     with locked(folder) if rank_zero_only.rank == 0 else nullcontext():
         try:
             # Where a scheduler starts the same command in the same folder again, it goes on too.

@@ -259,6 +259,15 @@ def test_a_link_that_leads_nowhere_does_not_start_training_over(program, copy):
     assert_refused(program, copy, [], f"{copy / CHECKPOINT}: expected a checkpoint, found a link that leads nowhere")
 
 
+def test_a_folder_that_is_a_link_out_of_the_run_is_not_written_to(program, copy, tmp_path):
+    (copy / RUN).rename(tmp_path / "elsewhere")
+    (copy / RUN).symlink_to(tmp_path / "elsewhere")
+    before = files(tmp_path / "elsewhere")
+    expected = f"{copy / RUN}: expected a folder in {copy}, found a link to {tmp_path / 'elsewhere'}."
+    assert_refused(program, copy, [], expected)
+    assert files(tmp_path / "elsewhere") == before
+
+
 @pytest.mark.parametrize("when", ["build", "train"])
 def test_a_stop_says_how_to_go_on_once_there_is_something_to_go_on_with(program, one_arm, tmp_path, monkeypatch, when):
     def stop(*_):

@@ -96,6 +96,17 @@ def test_missing_and_foreign_checkpoints(tmp_path):
     assert "ckpt_path is missing" in call()[2]
 
 
+def test_evaluations_are_not_written_through_a_link(tmp_path):
+    """Which is seen before the checkpoint is read."""
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "last.ckpt").touch()
+    (run / "evaluations").symlink_to(tmp_path)
+    code, _, err = call(f"ckpt_path={run}")
+    assert code == 1
+    assert err.startswith(f"{run / 'evaluations'}: expected a folder in {run}, found a link to {tmp_path}.")
+
+
 def test_an_expert_is_evaluated_with_the_model_that_it_adapts(program, language_folder, tmp_path):
     """What its checkpoint does not hold, the model's weights, is read where they are."""
     trained = program(

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from launch.runs import LOCK, lasting, locked, merged, new_folder, write_overrides
+from launch.runs import LOCK, check_links, lasting, locked, merged, new_folder, write_overrides
 
 BEGAN = ["experiment=fb_overdrive", "+own=1", "module.updates=5", "+preset=fb_mm", "num_seeds=2"]
 HOLD = """
@@ -37,6 +37,22 @@ def test_a_folder_is_one_programs_until_it_ends_or_is_killed(tmp_path):
     holder.wait()
     with locked(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("name", ["arm", "arm/seed_0/checkpoints", "arm/seed_0/replay/process_0"])
+def test_links_to_folders_stay_in_that_of_the_run(tmp_path, name):
+    """Which may itself be reached by one."""
+    run, link = tmp_path / "runs" / "run", tmp_path / "runs" / "run" / name
+    link.parent.mkdir(parents=True)
+    (run / "mine").mkdir()
+    (tmp_path / "outputs").symlink_to(tmp_path / "runs")
+    link.symlink_to(run / "mine")
+    check_links(tmp_path / "outputs" / "run")
+    for elsewhere in (tmp_path, run / ".." / ".."):
+        link.unlink()
+        link.symlink_to(elsewhere)
+        with pytest.raises(ValueError, match=rf"{name}: expected a folder in .*, found a link to {tmp_path}\.$"):
+            check_links(tmp_path / "outputs" / "run")
 
 
 @pytest.mark.parametrize("given", [[], BEGAN, BEGAN[:1], [BEGAN[2], BEGAN[0]]])
