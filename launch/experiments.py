@@ -18,17 +18,17 @@ def experiment_names(search_path: Sequence[str] = ()) -> list[str]:
     Args:
         search_path: where more are found, as in `hydra.searchpath`.
     """
-    return _names(_repository(search_path))
+    return _names(repository(search_path))
 
 
 def experiment_list(search_path: Sequence[str] = ()) -> str:
     """One line for each experiment: its name, what it shows, and how long it should take."""
-    repository = _repository(search_path)
-    names = _names(repository)
+    files = repository(search_path)
+    names = _names(files)
     width = max(map(len, names))
     lines = []
     for name in names:
-        config = repository.load_config(f"experiment/{name}").config
+        config = files.load_config(f"experiment/{name}").config
         duration = f" [{config.duration}]" if "duration" in config else ""
         lines.append(f"  {name:<{width}}  {config.get('summary', '')}{duration}")
     return "\n".join(lines).replace("$", "$$")  # Hydra puts it into a template
@@ -36,12 +36,12 @@ def experiment_list(search_path: Sequence[str] = ()) -> str:
 
 def missing_folders(search_path: Sequence[str]) -> list[str]:
     """Those folders and packages of a search path that are not there."""
-    return [source.path for source in _repository(search_path).get_sources() if not source.available()]
+    return [source.path for source in repository(search_path).get_sources() if not source.available()]
 
 
 def is_group(key: str, search_path: Sequence[str] = ()) -> bool:
     """Whether a key chooses one of several files."""
-    return _repository(search_path).group_exists(key.split("@")[0])
+    return repository(search_path).group_exists(key.split("@")[0])
 
 
 def known_keys(overrides: Sequence[str]) -> list[str]:
@@ -57,7 +57,8 @@ def arms_with(key: str, overrides: Sequence[str]) -> dict[str, list[str]]:
         return {arm: own for arm, own in arms.items() if own and key in _dotted(compose("train", [*own, *overrides]))}
 
 
-def _repository(search_path: Sequence[str]) -> ConfigRepository:
+def repository(search_path: Sequence[str]) -> ConfigRepository:
+    """What configurations are looked up in: the project's own, and more as in `hydra.searchpath`."""
     path = create_config_search_path(str(CONFIGS))
     for entry in search_path:
         path.append("hydra.searchpath", entry)

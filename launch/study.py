@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from components.checks import Size
 from components.structure import check_structure
 from launch.checkpoints import LAST, load_checkpoint
+from launch.choices import check_choices
 from launch.errors import CommandLineError, Stopped
 from launch.files import RESULTS, read_json, write_json
 from launch.overrides import SEARCH_PATH, given_value, override_key, quoted, train_command
@@ -328,7 +329,7 @@ def run_configs(runs: Sequence[Run], config: DictConfig, overrides: list[str]) -
 
 def _arm_config(arm: str, arms: Mapping[str, list[str]], overrides: list[str]) -> DictConfig:
     try:
-        return compose("train", [*arms[arm], *overrides])
+        config = compose("train", [*arms[arm], *overrides])
     except ConfigCompositionException as error:
         unknown = re.search(r"Could not override '([^']+)'", str(error))
         if unknown is None or len(arms) == 1:
@@ -337,6 +338,8 @@ def _arm_config(arm: str, arms: Mapping[str, list[str]], overrides: list[str]) -
             f"{unknown[1]}: what is typed holds for all arms, and the arm {arm} has no such key; leave it out with "
             f"arms.{arm}=null, or give it to one arm, as in '+arms.mine=[\"{unknown[1]}=VALUE\"]'."
         ) from error
+    check_choices(config, [*arms[arm], *overrides])
+    return config
 
 
 def quieten() -> None:

@@ -2,12 +2,15 @@
 
 import json
 import subprocess
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 
+from launch.errors import CommandLineError
 from launch.experiments import CONFIGS, experiment_list, experiment_names
 from launch.overrides import quoted
 from launch.study import Run, run_configs
@@ -66,6 +69,79 @@ def test_interpolations_of_arms_are_those_of_each_run(tmp_path):
         configs = run_configs(runs, compose("train", overrides), overrides)
     for run in runs:
         assert (configs[run].datamodule.seed, configs[run].save_dir) == (run.seed, str(run.folder))
+
+
+RULE = "components.control.pessimism.SubsetMinimumPessimism"  # stands for one of their own
+
+
+@pytest.fixture(scope="module")
+def choosing(tmp_path_factory) -> Callable[..., DictConfig]:
+    """Composes the arm `chosen` of an experiment with a rule, a part without and a world in its own file."""
+    folder = tmp_path_factory.mktemp("choosing")
+    (folder / "module" / "pessimism").mkdir(parents=True)
+    (folder / "module" / "pessimism" / "mine.yaml").write_text(f"_target_: {RULE}\nsubset: 1\n")
+    (folder / "experiment").mkdir()
+    head = "# @package _global_\ndefaults:\n  - gpl_cheetah\n"
+    (folder / "experiment" / "whole.yaml").write_text(f"{head}  - override /module/pessimism: mine\n")
+    (folder / "experiment" / "merged.yaml").write_text(
+        f"{head}module:\n  pessimism: {{_target_: {RULE}, subset: 1}}\n  actor: {{network: {{gain: 2.0}}}}\n"
+        "datamodule:\n  environment: {_target_: builtins.dict}\ncallbacks: {films: null}\n"
+    )
+    (folder / "experiment" / "heir.yaml").write_text("# @package _global_\ndefaults: [merged]\nname: heir\n")
+
+    def composed(experiment: str, *arm: str, typed: Sequence[str] = ()) -> DictConfig:
+        arms = "arms={gpl:null,sac:null,chosen:[" + ",".join(map(quoted, arm)) + "]}"
+        overrides = [f"hydra.searchpath=[file://{folder}]", f"experiment={experiment}", f"+{arms}", *typed]
+        run = Run("chosen", 0, folder / "chosen" / "seed_0")
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            return run_configs([run], compose("train", overrides), overrides)[run]
+
+    return composed
+
+
+@pytest.mark.parametrize("typed", [False, True])
+@pytest.mark.parametrize(
+    ("choice", "key", "expected", "found", "advice"),
+    [
+        (
+            "module/pessimism=min",
+            "module.pessimism",
+            "components.control.pessimism.MinimumPessimism",
+            RULE,
+            "DIR/module/pessimism/NAME.yaml and choose it in the experiment's defaults by "
+            "`override /module/pessimism: NAME`, or leave module/pessimism=min out",
+        ),
+        (
+            "environment=gymnasium",
+            "datamodule.environment",
+            "datamodules.environments.gymnasium.GymnasiumEnv",
+            "builtins.dict",
+            "DIR/environment/NAME.yaml that begins with `# @package _global_` and choose it",
+        ),
+        ("callbacks=films", "callbacks.films", "callbacks.results.Films", "null", "or leave callbacks=films out"),
+    ],
+)
+def test_an_option_that_an_experiment_sets_something_over_is_refused(
+    choosing, typed, choice, key, expected, found, advice
+):
+    sentence = f"{choice}: expected {key} to be {expected}, found {found}, which experiment/merged.yaml sets over it; "
+    with pytest.raises(CommandLineError) as refused:
+        choosing("heir", *([] if typed else [choice]), typed=[choice] if typed else [])
+    assert str(refused.value).startswith(sentence)
+    assert advice in str(refused.value)
+
+
+def test_options_that_hold_are_taken(choosing):
+    minimum = "components.control.pessimism.MinimumPessimism"
+    assert choosing("merged").module.pessimism._target_ == RULE
+    assert choosing("merged", "module/pessimism=redq").module.pessimism._target_ == RULE  # the same rule
+    assert choosing("merged", "module/actor=deterministic").module.actor.network.gain == 2.0  # a part of what it builds
+    own = choosing("merged", "module/pessimism=min", typed=["module.pessimism._target_=my_rules.Trimmed"])
+    assert own.module.pessimism._target_ == "my_rules.Trimmed"
+    # As the sentence advises:
+    assert choosing("whole").module.pessimism._target_ == RULE
+    assert choosing("whole", "module/pessimism=min").module.pessimism._target_ == minimum
+    assert choosing("whole", "module/pessimism=redq", typed=["module/pessimism=min"]).module.pessimism.actor == "min"
 
 
 def test_help_lists_them(program, folder):
