@@ -290,6 +290,26 @@ def test_every_arm_of_every_online_experiment_learns(name, transitions, tmp_path
         assert probe._make_env(num_envs=1, seed=0, episode_length=5).batch_size == (1,)
 
 
+@pytest.mark.parametrize(
+    ("name", "choice", "sizes", "reward"),
+    [
+        ("gpl_cheetah", ["environment=gymnasium", "environment.id=Pendulum-v1"], (3, 1), "reward"),
+        (
+            "gpl_pendulum",
+            ["environment=batched_mujoco", "environment.domain=walker", "environment.task=walk"],
+            (24, 6),
+            "walk",
+        ),
+    ],
+)
+def test_another_world_can_be_chosen_for_an_online_experiment(name, choice, sizes, reward, tmp_path):
+    config = composed(f"experiment={name}", f"run_dir={tmp_path}", *choice)
+    check_parts(config)
+    spec = instantiate(config.datamodule).spec
+    assert (*spec["observation_shape"], spec["action_dim"]) == sizes
+    assert config.datamodule.protocols == {"default_reset": {"rewards": [reward]}}
+
+
 @pytest.mark.parametrize("name", [name for name in ONLINE if name.startswith("paper/")])
 def test_paper_scale_of_online_experiments(name):
     config = composed(f"experiment={name}")
