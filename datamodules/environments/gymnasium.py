@@ -46,8 +46,8 @@ class GymnasiumEnv(MeasuredEnv):
     Actions in [-1, 1] are stretched to the task's bounds; observations are float32. Rewards may depend on where a step
     began, so they cannot be recomputed from an arrival: the only measurement is `reward`, the task's own, and that of a
     stored transition is the stored one. An environment that has ended stays where it is, earning nothing, until it is
-    reset. One whose simulation breaks down, by MuJoCo's counters or by numbers that are not finite, is truncated where
-    it last was sound.
+    reset. One whose simulation breaks down, by MuJoCo's counters, is truncated where it last was sound. Any other
+    observation or reward that is not finite as float32 is a fault in the task, and an error.
 
     An episode is a function of its seed and its actions. These are what a checkpoint holds of it: on restoring, the
     actions are made again. Where they do not lead to where the episode was, for what a task draws elsewhere or keeps
@@ -180,10 +180,10 @@ class GymnasiumEnv(MeasuredEnv):
         self._steps[row] += 1
         own = self._centre + self._scale * action.clip(-1, 1)
         observation, reward, terminated, truncated, _ = self._envs[row].step(own)
-        arrival = _float32(observation), _float32(reward)
-        sound = all(np.isfinite(value).all() for value in arrival) and not _broke_down(self._data[row])
+        sound = not _broke_down(self._data[row])
         if sound:
-            self._observation[row], self._reward[row] = arrival
+            self._observation[row] = self._sound("observation", observation, row)
+            self._reward[row] = self._sound("reward", reward, row)
             self._earned[row] += self._reward[row]
             self._physics[row], self._terminated[row] = _physics(self._data[row]), terminated
         self._truncated[row] = not sound or (truncated and not terminated)
@@ -197,7 +197,24 @@ class GymnasiumEnv(MeasuredEnv):
         observation, _ = self._envs[row].reset(seed=seed)
         self._seeds[row], self._steps[row], self._reward[row], self._earned[row] = seed, 0, 0, 0
         self._terminated[row] = self._truncated[row] = False
-        self._observation[row], self._physics[row] = observation, _physics(self._data[row])
+        self._observation[row] = self._sound("observation", observation, row)
+        self._physics[row] = _physics(self._data[row])
+
+    def _sound(self, name: str, value: Any, row: int) -> np.ndarray:
+        """A number or vector of the task as float32.
+
+        Raises:
+            ValueError: it is not finite.
+        """
+        with np.errstate(over="ignore"):  # infinite then, which is looked for
+            found = np.asarray(value, np.float32)
+        for place in np.argwhere(~np.isfinite(found))[:1].tolist():
+            raise ValueError(
+                f"environment.id={self.name}: expected finite numbers, found {name}{place or ''}="
+                f"{np.asarray(value)[tuple(place)]} after step {self._steps[row, 0]} of the episode of seed "
+                f"{self._seeds[row]}"
+            )
+        return found
 
     def current(self) -> TensorDict:
         terminated, truncated = torch.from_numpy(self._terminated.copy()), torch.from_numpy(self._truncated.copy())
@@ -293,11 +310,6 @@ def _observed(env: gymnasium.Env) -> np.ndarray:
     if isinstance(env, gymnasium.ObservationWrapper):
         return env.observation(_observed(env.env))
     return _observed(env.env) if isinstance(env, gymnasium.Wrapper) else env._get_obs()
-
-
-def _float32(value: Any) -> np.ndarray:
-    with np.errstate(over="ignore"):  # infinite then, which is looked for
-        return np.asarray(value, np.float32)
 
 
 def _text(space: gymnasium.Space) -> str:

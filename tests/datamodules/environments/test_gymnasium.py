@@ -27,7 +27,7 @@ def play(env: GymnasiumEnv, state: TensorDict, actions: torch.Tensor) -> TensorD
 
 
 class Walk(gymnasium.Env):
-    """A point that goes where it is told: (position, step) in a dictionary; to infinity from 100 on."""
+    """A point that goes where it is told: (position, step) in a dictionary."""
 
     observation_space = gymnasium.spaces.Dict(
         position=gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float64), steps=gymnasium.spaces.Discrete(3)
@@ -46,7 +46,7 @@ class Walk(gymnasium.Env):
 
     def step(self, action):
         self.steps += 1
-        self.position += float(action[0]) if self.position < 100 else np.inf
+        self.position += float(action[0])
         return self._seen(), float(action[0]), False, False, {}
 
     def _seen(self):
@@ -145,12 +145,56 @@ def test_simulation_that_breaks_down_is_truncated_where_it_was_sound(name, capfd
     assert capfd.readouterr() == ("", "")
 
 
-def test_numbers_that_are_not_finite_arrive_nowhere():
-    env = walk(options={"start": 98.0})
-    steps = play(env, env.reset(), torch.ones(3, 1, 1))
-    assert steps["truncated"].flatten().tolist() == [False, True, True]
-    assert steps["reward"].flatten().tolist() == [5, 0, 0]
-    assert torch.equal(steps["observation"][0, 1], steps["observation"][0, 0])
+class Faulty(gymnasium.Env):
+    """Gives one number that is not finite, in the step that is asked for, 0 for the reset."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float64)
+    action_space = gymnasium.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, name: str, step: int, number: float) -> None:
+        self.fault = name, step, number
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self._given("observation", np.zeros(3)), {}
+
+    def step(self, action):
+        self.steps += 1
+        return self._given("observation", np.zeros(3)), self._given("reward", np.ones(1))[0], False, False, {}
+
+    def _given(self, name, values):
+        if self.fault[:2] == (name, self.steps):
+            values[-1] = self.fault[2]
+        return values
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [
+        (("observation", 0, np.nan), r"observation\[2\]=nan after step 0"),
+        (("observation", 2, -np.inf), r"observation\[2\]=-inf after step 2"),
+        (("reward", 2, np.nan), "reward=nan after step 2"),
+        (("reward", 1, 1e39), r"reward=1e\+39 after step 1"),  # no float32
+    ],
+)
+def test_numbers_of_a_task_that_are_not_finite_are_an_error_and_no_end_of_an_episode(fault, found):
+    env = GymnasiumEnv(Faulty, episode_length=5, options=dict(zip(("name", "step", "number"), fault)))
+    with pytest.raises(
+        ValueError, match=f"^environment.id=Faulty: expected finite numbers, found {found} of the ep.* seed \\d+$"
+    ):
+        play(env, env.reset(), torch.ones(3, 1, 1))
+
+
+def test_a_mujoco_task_whose_simulation_is_sound_is_no_exception():
+    env = GymnasiumEnv("InvertedPendulum-v5", options={"reset_noise_scale": 0.0})
+    env._envs[0].unwrapped.step = lambda action: (np.full(4, np.nan), 1.0, False, False, {})
+    with pytest.raises(ValueError, match=r"found observation\[0\]=nan after step 1"):
+        play(env, env.reset(), torch.ones(1, 1, 1))
+
+
+def test_actions_that_are_not_finite_are_refused():
+    env = walk()
     with pytest.raises(ValueError, match="an action for walk is not finite"):
         play(env, env.reset(), torch.full((1, 1, 1), torch.nan))
 
