@@ -17,8 +17,7 @@ class Checkpoint(L.Callback):
 
     One is taken every `every` updates, and after every evaluation rather than just before it, so that a resumed run
     never repeats one. A run whose metrics or weights are no longer finite is stopped before it can overwrite the last
-    good state. When a run goes on from a checkpoint, loggers that can are told to drop what came after it. What the
-    checkpoints cost is printed when training ends.
+    good state. What the checkpoints cost is printed when training ends.
 
     Args:
         folder: where checkpoints are written.
@@ -44,9 +43,6 @@ class Checkpoint(L.Callback):
                 f"callbacks.checkpoint.every={self.every}: expected at most datamodule.checkpoint_every={allowed}, for "
                 "which the replay buffer has room."
             )
-        for logger in trainer.loggers:
-            if hasattr(logger, "rewind"):
-                logger.rewind(module.updates)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -24,6 +24,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
+from callbacks.resumption import Resumption
 from components.checks import Size
 from components.structure import check_structure
 from launch.checkpoints import LAST, load_checkpoint
@@ -153,6 +154,7 @@ def _run_study(folder: Path, overrides: list[str]) -> float | None:
             processes = parts[0].num_devices * parts[0].num_nodes
             if processes > 1 and _searches():  # each would make the whole search, with values that it draws itself
                 raise ValueError(f"trainer.devices: expected one process in a search, found {processes}.")
+            parts[0].callbacks.insert(0, Resumption(folder))
             _remember(folder, overrides, run, saved, parts[1].recipe)  # now that they are known to make sense
             if run is pending[0]:
                 _say(f"Writing to {folder}")

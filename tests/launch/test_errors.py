@@ -14,6 +14,7 @@ import torch
 from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 
+from callbacks.run_log import read_rows
 from launch.checkpoints import AtomicCheckpointIO, load_checkpoint
 from launch.errors import _report
 from launch.files import write_json
@@ -217,6 +218,15 @@ def test_run_of_another_experiment(program, half):
 def test_settings_that_failed_are_not_remembered(program, copy):
     assert program("experiment=fb_overdrive", f"ckpt_path={copy}", "module.updates=62").code == 1
     assert program("experiment=fb_overdrive", f"ckpt_path={copy}").code == 0
+
+
+def test_a_resumption_that_is_refused_late_changes_nothing(program, copy):
+    """The data are made and compared when the folder has been written to already."""
+    with open(copy / RUN / "train.csv", "a") as file:
+        file.write("45,0,1.2\n")  # of after the checkpoint
+    assert_refused(program, copy, ["datamodule.dataset.episodes=21"], "The data set is not the one that the checkpoint")
+    assert program("experiment=fb_overdrive", f"ckpt_path={copy}", "module.updates=60").code == 0
+    assert [int(row["updates"]) for row in read_rows(copy / RUN / "train.csv")[1]] == list(range(5, 61, 5))
 
 
 def test_diverging_run_keeps_its_last_good_checkpoint(program, copy):

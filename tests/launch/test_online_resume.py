@@ -111,9 +111,13 @@ def test_ten_kills_at_random_instants(assert_same_runs, program, run_and_kill, a
     assert_same_runs(folder, uninterrupted, [arm])
 
 
-def test_checkpoint_of_another_number_of_environments_is_one_sentence(program, uninterrupted):
+def test_checkpoint_of_another_number_of_environments_is_one_sentence(program, uninterrupted, arm):
+    with open(uninterrupted / arm / "seed_0" / "train.csv", "a") as file:
+        file.write("325,0,1.2\n")  # of after the checkpoint: nothing is dropped for a resumption that is refused
+    before = {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file()}
     name = f"experiment={uninterrupted.parent.name}"
     finished = program(name, f"ckpt_path={uninterrupted}", "module.updates=400", "datamodule.num_envs=6")
     assert finished.code == 1
     assert len(finished.err.strip().splitlines()) == 1
     assert finished.err.startswith("datamodule.num_envs=6: expected ")
+    assert {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file()} == before
