@@ -59,6 +59,7 @@ class OnlineDataModule(EnvironmentDataModule):
         settings: further arguments of `EnvironmentDataModule`.
     """
 
+    writes: ClassVar = ("replay_folder",)
     state_structure: ClassVar = {
         "layout": dict,
         "processes": [{"written": COUNT, "environment": (None, {str: Tensor}), "episode": Tensor}],

@@ -16,6 +16,9 @@ SEARCH_PATH = "hydra.searchpath"
 WHERE = ("experiment", "seed", "output_root", "data_root", "ckpt_path", "logger", "hydra")
 """The first words of overrides that change neither what an experiment is nor how long it takes."""
 
+TYPED: list[str] = []
+"""The command line as a person gave it, before it was completed by what a run's folder remembers."""
+
 
 def override_key(override: str) -> str:
     """What an override sets, adds or deletes: `module.updates` of `++module.updates=3`."""

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from launch.errors import CommandLineError, errors_past_hydra, is_first_process
 from launch.experiments import CONFIGS, experiment_list, is_group, missing_folders
 from launch.imports import import_lightning
-from launch.overrides import SEARCH_PATH, WHERE, departures, given_value, override_key, quoted, train_program
+from launch.overrides import SEARCH_PATH, TYPED, WHERE, departures, given_value, override_key, quoted, train_program
 from launch.runs import RUN_FILE, merged, newest_run, run_folder, run_of
 
 SWEEP_FOLDER = "hydra.sweep.dir"
@@ -36,6 +36,7 @@ OmegaConf.register_new_resolver("run_folder", run_folder, use_cache=True)  # nam
 
 def main() -> None:
     """Train and evaluate what the command line asks for."""
+    TYPED[:] = sys.argv[1:]
     sys.argv[1:] = completed(sys.argv[1:])  # in place, for the processes that are started with the same command line
     hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(train)()
 

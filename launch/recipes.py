@@ -1,7 +1,8 @@
 """Rebuilding a method and its datamodule from what a checkpoint says of them."""
 
 import inspect
-from collections.abc import Mapping
+import os
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ FOLDERS = ("components", "datamodules", "lightning_modules", "torch.optim")
 # The same holds for what a run's folder says that it was started with, which has more parts.
 RUN_KINDS = (*KINDS, L.Callback, L.Trainer, Logger, Strategy, CheckpointIO)
 RUN_FOLDERS = (*FOLDERS, "callbacks", "launch", "lightning")
+# What a run writes to, of these: a datamodule says it in `writes`.
+WRITERS = (L.Callback, L.Trainer, Logger, Strategy, CheckpointIO)
 LOOK_UPS = ("hydra.utils.get_class", "hydra.utils.get_method")
 
 
@@ -209,6 +212,52 @@ def check_targets(
     for index, value in enumerate(_list(node)):
         found += check_targets(value, where, trust, folders, f"{key}[{index}]", unmarked=unmarked)
     return found
+
+
+def check_writes(
+    called: list[tuple[str, Any, Mapping[str, Any]]], where: str, study: Path, typed: Collection[str]
+) -> None:
+    """Raise a ValueError if what a run's folder describes would write to files out of that folder.
+
+    Data sets may go anywhere: what is made is new, and takes the place of nothing.
+
+    Args:
+        called: see `check_targets`.
+        where: the file, for the error.
+        study: the folder.
+        typed: keys whose values a person has typed, who may have anything written anywhere.
+    """
+    for key, made, arguments in called:
+        if not inspect.isclass(made) or arguments["_target_"] in LOOK_UPS:
+            continue
+        writes = issubclass(made, WRITERS)
+        named = ("folder", "path", "dir") if writes else getattr(made, "writes", ())
+        if writes and "_args_" in arguments:
+            raise ValueError(f"{where}: {key}: expected arguments by their names, found {arguments['_args_']}.")
+        for name, text in _texts(arguments, key):
+            path = Path(text)
+            leads_away = writes and (path.is_absolute() or ".." in path.parts)
+            if not leads_away and not name.endswith(named):
+                continue
+            inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(study))
+            if not inside and not any(f"{name}.".startswith(f"{own}.") for own in typed):
+                raise ValueError(
+                    f"{where}: {name}={text} may be written to: expected a folder in {study}; if it is yours, type it "
+                    "too."
+                )
+
+
+def _texts(node: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Those among a target's arguments, by their keys, without those of targets that are arguments themselves."""
+    if isinstance(node, str):
+        yield key, node
+    elif isinstance(node, Mapping):
+        for name, value in node.items():
+            if not (isinstance(value, Mapping) and "_target_" in value) and not name.startswith("_"):
+                yield from _texts(value, f"{key}.{name}")
+    for index, value in enumerate(_list(node)):
+        if not (isinstance(value, Mapping) and "_target_" in value):
+            yield from _texts(value, f"{key}[{index}]")
 
 
 def foreign_packages(node: Any) -> set[str]:

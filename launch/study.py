@@ -31,8 +31,8 @@ from launch.checkpoints import LAST, load_checkpoint
 from launch.choices import check_choices
 from launch.errors import CommandLineError, Stopped
 from launch.files import RESULTS, read_json, write_json
-from launch.overrides import SEARCH_PATH, given_value, override_key, quoted, train_command
-from launch.recipes import RUN_FOLDERS, check_targets, foreign_packages, moved, only_checkpoint
+from launch.overrides import SEARCH_PATH, TYPED, given_value, override_key, quoted, train_command
+from launch.recipes import RUN_FOLDERS, check_targets, check_writes, foreign_packages, moved, only_checkpoint
 from launch.report import REFERENCES, write_report
 from launch.resumptions import PARTS, changes, history, in_words, leaves
 from launch.runs import (
@@ -114,7 +114,9 @@ def run_study() -> float | None:
             # Where a scheduler starts the same command in the same folder again, it goes on too.
             complete = given_value(given, "ckpt_path") is not None
             with stopping_at_once():
-                return _run_study(folder, given if complete else merged(folder, given))
+                if complete:
+                    return _run_study(folder, given, TYPED)
+                return _run_study(folder, merged(folder, given), given)
         finally:
             if rank_zero_only.rank == 0 and not (folder / RUN_FILE).exists():
                 (folder / LOCK).unlink()
@@ -122,7 +124,7 @@ def run_study() -> float | None:
                     folder.rmdir()
 
 
-def _run_study(folder: Path, overrides: list[str]) -> float | None:
+def _run_study(folder: Path, overrides: list[str], typed: Sequence[str]) -> float | None:
     config = compose("train", overrides)
     _check_settings(config, overrides)
     runs = list(_runs(config, folder))
@@ -132,7 +134,10 @@ def _run_study(folder: Path, overrides: list[str]) -> float | None:
     trust = tuple(named.split(",")) if isinstance(named, str) else tuple(named)
     for run in runs:
         if rank_zero_only.rank == 0 and (folder / RUN_FILE).exists():  # it may come from anybody; others follow
-            check_targets(_parts(configs[run]), str(folder / RUN_FILE), trust, RUN_FOLDERS, unmarked=True)
+            where = str(folder / RUN_FILE)
+            called = check_targets(_parts(configs[run]), where, trust, RUN_FOLDERS, unmarked=True)
+            keys = [key for key in map(override_key, typed) if "." in key]  # others choose a file
+            check_writes(called, where, folder, keys)
         check_types(configs[run], TOP_LEVEL)
         check_values(configs[run])
     checkpoints = {run: run.checkpoint for run in runs}

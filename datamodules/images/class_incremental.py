@@ -202,6 +202,7 @@ class ClassIncrementalDataModule(ImageDataModule):
         settings: of `ImageDataModule`.
     """
 
+    writes: ClassVar = ("memory_folder",)
     state_structure: ClassVar = {"finished": COUNT, "fallbacks": COUNT, "memory": Tensor, "raw": Tensor}
 
     def __init__(

@@ -8,7 +8,16 @@ import yaml
 
 from launch.checkpoints import AtomicCheckpointIO
 from launch.experiments import CONFIGS
-from launch.recipes import FOLDERS, LOOK_UPS, RUN_FOLDERS, check_recipe, check_targets, foreign_packages, rebuild
+from launch.recipes import (
+    FOLDERS,
+    LOOK_UPS,
+    RUN_FOLDERS,
+    check_recipe,
+    check_targets,
+    check_writes,
+    foreign_packages,
+    rebuild,
+)
 from launch.runs import write_overrides
 
 OF_RUNS = ("callbacks.", "launch.", "lightning.")  # not of what is learned
@@ -211,6 +220,56 @@ def test_a_run_that_is_gone_on_with_calls_nothing_foreign(program, tmp_path, ove
     assert str(run / "run.yaml") in finished.err
     assert finished.err.count("\n") == 1
     assert victim.exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "arguments"),
+    [
+        ("callbacks.results.Results", "folder={}"),
+        ("callbacks.codec.CodecExport", "path={}/codec.safetensors"),
+        ("callbacks.run_log.RunLog", "folder=tests"),  # of where the program is started
+        ("datamodules.online.OnlineDataModule", "replay_folder={}"),
+        ("datamodules.images.class_incremental.ClassIncrementalDataModule", "memory_folder={}"),
+        ("lightning.pytorch.callbacks.ModelCheckpoint", "dirpath={}"),
+        ("lightning.pytorch.callbacks.ModelCheckpoint", "filename=../other"),
+        ("lightning.pytorch.loggers.CSVLogger", "name={}"),
+    ],
+)
+def test_a_run_that_is_gone_on_with_writes_to_its_own_folder(tmp_path, target, arguments):
+    run = tmp_path / "run"
+
+    def check(text: str, typed: tuple[str, ...] = ()) -> None:
+        name, _, value = text.partition("=")
+        part = {
+            "_target_": target,
+            name: value,
+            "nested": {"_target_": "components.networks.encoders.FlatObservations"},
+        }
+        called = check_targets({"x": part}, "run.yaml", folders=RUN_FOLDERS, key="part")
+        check_writes(called, "run.yaml", run, typed)
+
+    check(arguments.format(run / "arm" / "seed_0").replace("tests", str(run)).replace("../", ""))
+    name, _, value = arguments.format(tmp_path / "other").partition("=")
+    with pytest.raises(ValueError, match=rf"^run.yaml: part.x.{name}={value} may be written to: expected a folder in"):
+        check(f"{name}={value}", ("part.x.nam", "part.y"))
+    for typed in (f"part.x.{name}", "part.x"):
+        check(f"{name}={value}", (typed,))
+
+
+def test_what_is_typed_again_may_be_written_anywhere(program, tmp_path, monkeypatch):
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launch.study.build", stop)
+    run, other = tmp_path / "run", f"callbacks.results.folder={tmp_path / 'other'}"
+    write_overrides(run, ["experiment=fb_overdrive", other])
+    refused = program(f"ckpt_path={run}")
+    assert (refused.code, refused.err.count("\n")) == (1, 1)
+    assert refused.err.startswith(
+        f"{run / 'run.yaml'}: {other} may be written to: expected a folder in {run}; if it is"
+    )
+    assert program(f"ckpt_path={run}", other).err.startswith("Stopped.")
+    assert program("experiment=fb_overdrive", other, f"hydra.run.dir={run}").err.startswith("Stopped.")
 
 
 def test_a_run_brings_no_settings_of_hydra_in_a_file(program, tmp_path):
