@@ -58,6 +58,11 @@ class ArrayFile(ABC):
     def names(self) -> list[str]:
         """Names of what is in the file; of groups, not of what is in them."""
 
+    def listed(self) -> str:
+        """The first names, for a sentence."""
+        names = self.names()
+        return ", ".join([*names[:_LISTED], *(["..."] if len(names) > _LISTED else [])]) or "none"
+
     @abstractmethod
     def __contains__(self, key: str) -> bool: ...
 
@@ -71,9 +76,7 @@ class ArrayFile(ABC):
             ValueError: there is no such array, or another.
         """
         if key not in self:
-            names = self.names()
-            found = ", ".join([*names[:_LISTED], *(["..."] if len(names) > _LISTED else [])]) or "none"
-            raise ValueError(f"{self.file}: expected the array {key!r}, found only {found}.")
+            raise ValueError(f"{self.file}: expected the array {key!r}, found only {self.listed()}.")
         with self._library():
             shape, dtype, packed = self._describe(key)
         if len(shape) not in dimensions or dtype.kind not in "fiub" or 0 in shape:

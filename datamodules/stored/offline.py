@@ -3,7 +3,7 @@
 Dimensions: n transitions or samples, T rewards, O observation, A action.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +19,7 @@ from datamodules.sampling import FixedTasks, UniformBatches
 from datamodules.stored.transitions import TransitionDataset
 
 _CHUNK = 65536
+_FEW = 3  # transitions that may be odd without a word
 _LEARNED_FROM = ("observation", "action", ("next", "observation"), ("next", "terminated"), ("next", "reward"))
 
 
@@ -66,18 +67,29 @@ class OfflineDataModule(EnvironmentDataModule):
 
     def setup(self, stage: str) -> None:
         dataset = self._load()
-        if not self.rolls_out:
-            if stage == "fit" and rank() == 0:
+        if self.rolls_out:
+            self._check_environment(dataset)
+        if stage == "fit" and rank() == 0:
+            for sentence in _described(dataset):
+                print(sentence, flush=True)
+            if not self.rolls_out:
                 print(f"No environment: scores are of {self.batch_size} stored transitions, no policy is rolled out.")
-            return
+
+    def _check_environment(self, dataset: TransitionDataset) -> None:
         spec, domain = self.spec, self._reference_env.domain_name
         if dataset.domain not in (None, domain):
-            raise ValueError(f"The data set is of {dataset.domain}, expected {domain} as the environment.")
+            raise ValueError(
+                f"datamodule.dataset: expected data of {domain}, as datamodule.environment, found those of "
+                f"{dataset.domain}."
+            )
         sizes = (dataset.observation_dim, dataset.action_dim)
         expected = (vector_size(spec["observation_shape"]), spec["action_dim"])
         for name, found, own in zip(("observation", "action"), sizes, expected):
             if found != own:
-                raise ValueError(f"The data set has {name}s of size {found}, expected {own} as in the environment.")
+                raise ValueError(
+                    f"datamodule.dataset: expected {name}s of size {own}, as in datamodule.environment, found size "
+                    f"{found}."
+                )
 
     def _load(self) -> TransitionDataset:
         if self.dataset is None:
@@ -116,7 +128,9 @@ class OfflineDataModule(EnvironmentDataModule):
         """Refuse to go on with other data than the run began with."""
         assert self.dataset is not None
         if state_dict["data"] != self._fingerprint():
-            raise ValueError("The data set is not the one that the checkpoint's run was trained on.")
+            raise ValueError(
+                "datamodule.dataset: expected the data that the checkpoint's run was trained on, found others."
+            )
 
     def _fingerprint(self) -> dict[str, Any]:
         """What tells data apart: the checksums of stored files, the recipe of data that are made anew each time."""
@@ -198,3 +212,21 @@ class OfflineDataModule(EnvironmentDataModule):
             found = {f"{name}/{reward}/return": [top[reward]] for reward in named_rewards(protocol)}
             best.update({metric: values for metric, values in found.items() if metric in references["random policy"]})
         return references | ({"best episode in the data": best} if best else {})
+
+
+def _described(dataset: TransitionDataset) -> Iterator[str]:
+    """What there is to learn from, and what looks as if ends of episodes were missing."""
+    data, terminal = dataset.data, int(dataset.data["next", "terminated"].sum())
+    left_out = int(data["left_out"][:, 0].isfinite().sum()) if "left_out" in data.keys() else 0  # noqa: SIM118
+    unknown = f" (and {left_out} last rows of episodes, of which nobody knows where they led)" if left_out else ""
+    returns = dataset.stored_returns()
+    span = f", returns from {returns.min():.4g} to {returns.max():.4g}" if returns.shape[1] == 1 else ""
+    yield (
+        f"Data: {len(dataset)} transitions{unknown} in {dataset.episodes} episodes, {terminal} ended by terminals and "
+        f"{int(data['next', 'truncated'].sum())} cut off{span}."
+    )
+    if (loose := dataset.loose_ends()) > _FEW:
+        yield (
+            f"{loose} of these transitions led elsewhere than where the next one of their episode begins: a sign of "
+            "ends that are not marked in timeouts (or truncations)."
+        )

@@ -156,6 +156,11 @@ def _read_arrays(arrays: ArrayFile, prefix: str) -> tuple[dict[str, np.ndarray],
         keys[name] = there[0] if there else prefix + known[0]
         if isinstance(arrays, Hdf5File) and arrays.is_group(keys[name]):
             raise ValueError(f"{file}: expected {keys[name]} to be one array, found a dictionary of several.")
+        if not there and name == "terminals":
+            raise ValueError(
+                f"{file}: expected the array '{prefix}terminals' (or 'terminations'), 1 where an episode ended for "
+                f"good, beside 'timeouts' (or 'truncations'), 1 where it was cut off; found only {arrays.listed()}."
+            )
         if there or name in _REQUIRED:
             rows[name] = arrays.read(keys[name], *dimensions)
     if "next_observations" in rows and "physics" in rows and "next_physics" not in rows:

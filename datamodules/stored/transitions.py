@@ -44,6 +44,7 @@ _DTYPES = {
 _OPTIONAL = {"next.physics", "left_out"}
 _PER_TRANSITION = {"episode", "source"}  # shape [n]; every other entry is [n, width]
 _FLAGS = {"next.terminated", "next.truncated", "next.done"}  # width 1
+_CHUNK = 2**18  # transitions
 _SHAPED_LIKE = {"next.observation": "observation", "left_out": "next.reward"}
 
 
@@ -115,6 +116,25 @@ class TransitionDataset:
             raise ValueError(f"Expected one reward for each of {len(self)} transitions, found {reward.shape[0]}.")
         lengths = self.episode_lengths().to(reward.device)
         return torch.segment_reduce(reward.double(), "sum", lengths=lengths, axis=0).to(reward.dtype)
+
+    def stored_returns(self) -> Tensor:
+        """Undiscounted return [E, R] of every episode by the stored rewards, those of steps that were left out too."""
+        returns = self.episode_returns(self.data["next", "reward"])
+        if "left_out" in self.data.keys():  # noqa: SIM118 - not a mapping
+            known = self.data["left_out"].isfinite().all(1)
+            returns.index_add_(0, self.data["episode"][known], self.data["left_out"][known])
+        return returns
+
+    def loose_ends(self) -> int:
+        """The number of transitions that led elsewhere than where the next one of the same episode begins."""
+        loose = 0
+        for rows in torch.arange(len(self)).split(_CHUNK):
+            first, last = int(rows[0]), min(int(rows[-1]) + 2, len(self))
+            chunk = self.data[first:last]
+            same = chunk["episode"][1:] == chunk["episode"][:-1]
+            led, began = chunk["next", "observation"][:-1][same], chunk["observation"][1:][same]
+            loose += int((~torch.isclose(led, began, rtol=1e-3)).any(1).sum())
+        return loose
 
     def save(self, folder: str | Path) -> None:
         """Write the data set to a new folder, which appears at once and whole; see `write_dataset`."""

@@ -1,5 +1,6 @@
 """What the offline datamodule refuses, each in one sentence, and what it says of the data."""
 
+import re
 from functools import partial
 
 import numpy as np
@@ -25,7 +26,8 @@ def test_data_of_another_domain_are_refused():
     module = OfflineDataModule(
         partial(overdrive_dataset, "full", 5), environment, {}, batch_size=8, updates_per_step=2, evaluate_every=4
     )
-    with pytest.raises(ValueError, match=r"^The data set is of overdrive, expected walker as the environment\.$"):
+    message = r"^datamodule.dataset: expected data of walker, as datamodule.environment, found those of overdrive\.$"
+    with pytest.raises(ValueError, match=message):
         module.setup("fit")
 
 
@@ -34,7 +36,7 @@ def test_a_run_goes_on_with_its_own_data_only():
     for module in (first, same, other):
         module.setup("fit")
     same.load_state_dict(first.state_dict())
-    with pytest.raises(ValueError, match="not the one that the checkpoint's run was trained on"):
+    with pytest.raises(ValueError, match=r"datamodule.dataset: expected the data that the checkpoint's run was"):
         other.load_state_dict(first.state_dict())
 
 
@@ -74,17 +76,46 @@ def test_widths_of_the_environment_are_expected(tmp_path):
     np.savez(tmp_path / "a.npz", observations=zeros, actions=zeros, rewards=zeros[:, 0], terminals=[0, 1, 0, 1])
     sizes = {"batch_size": 8, "updates_per_step": 2, "evaluate_every": 4}
     module = OfflineDataModule(partial(read_own, tmp_path / "a.npz"), ZeroValueEnv, {}, **sizes)
-    with pytest.raises(
-        ValueError, match=r"^The data set has observations of size 2, expected 3 as in the environment\.$"
-    ):
+    message = r"^datamodule.dataset: expected observations of size 3, as in datamodule.environment, found size 2\.$"
+    with pytest.raises(ValueError, match=message):
         module.setup("fit")
+
+
+def test_what_was_read_is_said_and_ends_that_are_not_marked(tmp_path, capsys):
+    n = 100
+    arrays = {
+        "observations": np.arange(n)[:, None] % 10,
+        "actions": np.zeros((n, 1)),
+        "rewards": np.full(n, -0.5),
+        "terminals": np.arange(n) == 69,
+        "timeouts": np.isin(np.arange(n), [9, 19, 29, 39, 49, 59, 79, 89]),
+    }
+    arrived = {"next_observations": arrays["observations"] + 1}
+    sizes = {"batch_size": 8, "updates_per_step": 2, "evaluate_every": 4}
+    said = []
+    for name, changes in (("a", {}), ("b", arrived), ("c", {**arrived, "timeouts": np.zeros(n)})):
+        np.savez(tmp_path / f"{name}.npz", **{**arrays, **changes})
+        OfflineDataModule(partial(read_own, tmp_path / f"{name}.npz"), None, {}, **sizes).setup("fit")
+        said += [line for line in capsys.readouterr().out.splitlines() if "No environment" not in line]
+    assert said == [
+        "Data: 91 transitions (and 9 last rows of episodes, of which nobody knows where they led) in 10 episodes, 1 "
+        "ended by terminals and 9 cut off, returns from -5 to -5.",
+        "Data: 100 transitions in 10 episodes, 1 ended by terminals and 9 cut off, returns from -5 to -5.",
+        "Data: 100 transitions in 2 episodes, 1 ended by terminals and 1 cut off, returns from -35 to -15.",
+        "8 of these transitions led elsewhere than where the next one of their episode begins: a sign of ends that are "
+        "not marked in timeouts (or truncations).",
+    ]
 
 
 def test_without_an_environment_sizes_are_those_of_the_data(capsys):
     module = datamodule(None)
     assert module.spec == {"observation_shape": [2], "action_dim": 2}
     module.setup("fit")
-    assert capsys.readouterr().out == ("No environment: scores are of 8 stored transitions, no policy is rolled out.\n")
+    said = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        r"Data: 250 transitions in 5 episodes, 0 ended by terminals and 5 cut off, returns .*\.", said[0]
+    )
+    assert said[1:] == ["No environment: scores are of 8 stored transitions, no policy is rolled out."]
     (task,) = module.val_dataloader()
     (again,) = module.test_dataloader()
     assert task.transitions.batch_size == (8,)

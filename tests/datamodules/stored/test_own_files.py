@@ -65,6 +65,16 @@ def test_rows_without_next_observations_lead_to_the_next(name, tmp_path):
     torch.testing.assert_close(data["action"][:, 2], -data["observation"][:, 0] / 10)
 
 
+def test_rows_that_lead_elsewhere_than_the_next_begins_are_counted(tmp_path):
+    arrived = np.stack([np.arange(1, ROWS + 1), -np.arange(1, ROWS + 1)], axis=1)
+    dataset = read_own(write(tmp_path / "a.npz", rows(next_observations=arrived)))
+    assert dataset.loose_ends() == 0
+    arrived[[2, 4, 7], 1] = 50  # ends, after which anything may begin
+    assert read_own(write(tmp_path / "b.npz", rows(next_observations=arrived))).loose_ends() == 0
+    unmarked = rows(next_observations=arrived, timeouts=np.zeros(ROWS))
+    assert read_own(write(tmp_path / "c.npz", unmarked)).loose_ends() == 1
+
+
 def test_rows_with_next_observations_are_all_kept(tmp_path):
     time = np.arange(ROWS)
     arrays = rows(next_observations=np.stack([time + 100, time], axis=1), physics=None)
@@ -194,7 +204,13 @@ def test_what_is_wrong_with_a_minari_data_set_is_one_sentence(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"terminals": None}, "expected the array 'terminals', found only actions, observations, rewards, timeouts"),
+        ({"rewards": None}, "expected the array 'rewards', found only actions, observations, terminals, timeouts"),
+        (
+            {"terminals": None},
+            r"expected the array 'terminals' \(or 'terminations'\), 1 where an episode ended for good, beside "
+            r"'timeouts' \(or 'truncations'\), 1 where it was cut off; found only actions, "
+            "observations, rewards, timeouts",
+        ),
         ({"actions": np.zeros((7, 3))}, "expected 7 rows in rewards, found 8; actions have 7"),
         ({"actions": np.zeros(8)}, r"expected actions to be numbers of 2 dimensions, found float64 \[8\]"),
         ({"actions": np.zeros((8, 0))}, r"expected actions to be numbers of 2 dimensions, found float64 \[8, 0\]"),
