@@ -32,6 +32,8 @@ from launch.values import missing_package, one_of
 
 TRACEBACK = "TENFOLD_TRACEBACK"
 MOST_CHARACTERS = 300  # of what others say at length
+LONGEST = 2000  # characters of a sentence, and ...
+END = 400  # ... of what it ends with, if something between is left out
 TECHNICAL = re.compile(r"(object|reference)_type=|full_key")
 KEY = re.compile(r"full_key: (\S+)")
 RESOLVING = re.compile(r"\w+ raised while resolving interpolation: ")
@@ -102,6 +104,8 @@ def run_reporting_errors(main: Callable[[], None]) -> int:
     if report is None:
         raise error  # out here it has no more to say than what it was caused by
     code, sentence = report
+    if len(sentence) > LONGEST:  # something that was found is said whole
+        sentence = f"{sentence[: LONGEST - END]} ... {sentence[-END:]}"
     print(f"{sentence} ({TRACEBACK}=1 shows where.)", file=sys.stderr)
     del error
     # What only the error's traceback held goes now: TorchRL's collectors of other processes hang if they have to shut

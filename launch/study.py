@@ -133,6 +133,7 @@ def _run_study(folder: Path, overrides: list[str], typed: Sequence[str]) -> floa
     named = given_value(overrides, "trust") or ()  # as typed: an experiment's file may come with the folder
     trust = tuple(named.split(",")) if isinstance(named, str) else tuple(named)
     for run in runs:
+        _check_parts(configs[run])
         if rank_zero_only.rank == 0 and (folder / RUN_FILE).exists():  # it may come from anybody; others follow
             where = str(folder / RUN_FILE)
             called = check_targets(_parts(configs[run]), where, trust, RUN_FOLDERS, unmarked=True)
@@ -180,6 +181,19 @@ def _parts(config: DictConfig) -> dict[str, Any]:
     """Those of a run that are built."""
     names = ("module", "datamodule", "callbacks", "logger", "trainer")
     return {name: OmegaConf.to_container(config[name], resolve=True) for name in names if config[name] is not None}
+
+
+def _check_parts(config: DictConfig) -> None:
+    """Raise a ValueError unless a run has what every run has."""
+    experiment = HydraConfig.get().runtime.choices.get("experiment")
+    for part in ("module", "datamodule", "trainer", "callbacks", "logger"):
+        found = config.get(part)
+        where = part if part in ("callbacks", "logger") else f"{part}._target_"
+        if OmegaConf.select(config, where) is None:
+            raise ValueError(
+                f"experiment={experiment}: expected a {part} among its defaults, as in `- override /{part}: NAME`, or "
+                f"under {where}, found {found}."
+            )
 
 
 def _check_settings(config: DictConfig, overrides: Sequence[str]) -> None:
@@ -430,7 +444,7 @@ def _arms(config: DictConfig) -> dict[str, list[str]]:
         check_folder_name("arms", name)
         if overrides is not None and not (isinstance(overrides, list) and all(isinstance(o, str) for o in overrides)):
             raise CommandLineError(
-                f"arms.{name}={overrides}: expected null, or a list of overrides such as ['seed=1']."
+                f"arms.{name}={overrides}: expected null, or a list of overrides such as ['module.discount=0.9']."
             )
     return {name: overrides for name, overrides in (arms or {}).items() if overrides is not None} or {config.name: []}
 
@@ -448,8 +462,8 @@ def _checkpoint_argument(config: DictConfig, runs: list[Run]) -> Path | None:
     path = Path(config.ckpt_path).resolve()
     load_checkpoint(path)
     if not any(run.folder in path.parents for run in runs):
-        known = ", ".join(f"{run.arm}/seed_{run.seed}" for run in runs)
-        raise ValueError(f"ckpt_path={config.ckpt_path}: expected a checkpoint of one of {known}, found another.")
+        known = one_of([run.name for run in runs], str(path))
+        raise ValueError(f"ckpt_path={config.ckpt_path}: expected a checkpoint of {known}, found another.")
     return path
 
 

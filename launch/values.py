@@ -47,7 +47,7 @@ def check_values(config: DictConfig, key: str = "") -> None:
     for name, value in config.items():
         path = f"{key}.{name}" if key else str(name)
         if taken is not None and name not in taken and not str(name).startswith("_"):
-            known = ", ".join(taken) or "nothing"
+            known = one_of(taken, name) if taken else "nothing"
             raise ValueError(f"{path}: expected what {target.split('.')[-1]} takes ({known}), found {name}.")
         path = set_by(config, name, path)
         if isinstance(value, DictConfig):

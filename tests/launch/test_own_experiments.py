@@ -211,6 +211,9 @@ def test_hidden_files_are_no_experiments(tmp_path):
         ("defaults:\n  - override /modul: gpl\n", "In 'experiment/wrong': Could not override 'modul'. No match in"),
         ("defaults:\n  - fb_overdrive\nmodule: [1]\n", "composing config: Cannot merge DictConfig with ListConfig."),
         ("summary: x\n", "name: expected a value in experiment=wrong or on the command line, found none."),
+        ("name: x\nsummary: y\nduration: z\n", "experiment=wrong: expected a module among its defaults, as in `- over"),
+        ("defaults: [fb_overdrive]\ncallbacks: null\n", "or under callbacks, found None."),
+        ("defaults: [fb_overdrive]\narms: {a: [~datamodule]}\n", "or under datamodule._target_, found None."),
         ("x: [\ny: 3", 'while parsing a flow sequence: in "'),
     ],
 )

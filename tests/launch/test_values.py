@@ -68,9 +68,9 @@ def test_what_is_taken_is_not_refused(target, arguments):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (f"{__name__}.Annotated", r"part.zip: expected what Annotated takes \(size, other\), found zip"),
-        (f"{__name__}.Pair", r"part.zip: expected what Pair takes \(first, second\), found zip"),
-        (ENVIRONMENT, r"part.zip: expected what BatchedMujocoEnv takes \(domain, task, "),
+        (f"{__name__}.Annotated", r"part.zip: expected what Annotated takes \(one of size, other\), found zip"),
+        (f"{__name__}.Pair", r"part.zip: expected what Pair takes \(one of first, second\), found zip"),
+        (ENVIRONMENT, r"part.zip: expected what BatchedMujocoEnv takes \(one of domain, task, "),
     ],
 )
 def test_what_is_not_taken_is_named(target, message):
