@@ -59,8 +59,8 @@ def assert_one_sentence(finished, code, *parts):
         (["experiment=fb_overdrive", "+arms.x=[5]"], ["arms.x=[5]: expected null, or a list of overrides"]),
         (["experiment=fb_overdrive", "+arms.x=seed"], ["arms.x=seed: expected null, or a list of overrides such as ["]),
         (
-            ["experiment=fb_overdrive", f"{'x' * 30000}=3"],
-            [f"Unknown key {'x' * 1500}", "x ... x", "xxx: expected one of this experiment's."],
+            ["experiment=fb_overdrive", f"+arms.x=[{'x' * 30000}"],
+            [f"Can't read +arms.x=[{'x' * 1500}", "x ... x", "xxx: expected key=value"],
         ),
         (["experiment=fb_overdrive", "seed=1,2"], ["Ambiguous value for argument 'seed=1,2': 1. To use it as a list"]),
         (["experiment=fb_overdrive", "datamodule.seed=${no}"], ["datamodule.seed: Interpolation key 'no' not found"]),
