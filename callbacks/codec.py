@@ -38,13 +38,7 @@ class Reconstructions(L.Callback):
         self._rows: dict[str, list[torch.Tensor]] = {}
 
     def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         step = max(1, len(batch.images) // self.images)
         chosen = slice(0, step * self.images, step)  # of all classes

@@ -45,13 +45,7 @@ class Completions(L.Callback):
         self._said: dict[str, list[dict[str, Any]]] = {}
 
     def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         if batch.name == "validation":  # more of the same
             return
@@ -84,13 +78,7 @@ class Confusion(L.Callback):
         self._columns: list[str] = []
 
     def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         if outputs.kinds is None:
             return

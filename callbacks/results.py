@@ -43,13 +43,7 @@ class RewardCurves(L.Callback):
         self._curves: dict[str, torch.Tensor] = {}
 
     def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         for index, reward in enumerate(batch.rewards):
             self._curves[f"{batch.name}/{reward}"] = outputs["reward"][index]
@@ -107,13 +101,7 @@ class Films(L.Callback):
 
     @rank_zero_only
     def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         if not batch.rewards:
             return

@@ -25,7 +25,7 @@ class Resumption(L.Callback):
         self._before = self.path.read_text("utf-8") if self.path.exists() else None
         self._begun = False
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         if not self._begun:
             trainer.strategy.barrier()  # another process may still refuse
             self._begin(trainer, module)

@@ -116,17 +116,7 @@ class BatchedMujocoEnv(MeasuredEnv):
 
     def current(self) -> TensorDict:
         truncated = self._steps >= self.episode_length
-        here = TensorDict(
-            {
-                "observation": self._observation,
-                "physics": torch.from_numpy(self._physics),
-                "measurements": self._measurements,
-                "done": truncated.clone(),
-                "terminated": torch.zeros_like(truncated),
-                "truncated": truncated,
-            },
-            batch_size=self.batch_size,
-        )
+        here = self._here(self._observation, torch.from_numpy(self._physics), self._measurements, truncated)
         if self.action_repeat > 1:
             here["passed"] = self._measurements[:, None].repeat(1, self.action_repeat, 1)
         return here

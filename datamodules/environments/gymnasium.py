@@ -217,18 +217,8 @@ class GymnasiumEnv(MeasuredEnv):
         return found
 
     def current(self) -> TensorDict:
-        terminated, truncated = torch.from_numpy(self._terminated.copy()), torch.from_numpy(self._truncated.copy())
-        return TensorDict(
-            {
-                "observation": torch.from_numpy(self._observation.copy()),
-                "physics": torch.from_numpy(self._physics.copy()),
-                "measurements": torch.from_numpy(self._reward.copy()),
-                "done": terminated | truncated,
-                "terminated": terminated,
-                "truncated": truncated,
-            },
-            batch_size=self.batch_size,
-        )
+        parts = (self._observation, self._physics, self._reward, self._truncated, self._terminated)
+        return self._here(*(torch.from_numpy(part.copy()) for part in parts))
 
     # --- states and rewards ---
 

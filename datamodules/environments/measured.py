@@ -97,6 +97,28 @@ class MeasuredEnv(EnvBase):
     def current(self) -> TensorDict:
         """Where every environment is now: what a policy needs to act next, as `reset` or the last step gave it."""
 
+    def _here(
+        self,
+        observation: Tensor,
+        physics: Tensor,
+        measurements: Tensor,
+        truncated: Tensor,
+        terminated: Tensor | None = None,
+    ) -> TensorDict:
+        """What `current` gives, of what has the batch as its first dimension; without `terminated` nothing is."""
+        terminated = torch.zeros_like(truncated) if terminated is None else terminated
+        return TensorDict(
+            {
+                "observation": observation,
+                "physics": physics,
+                "measurements": measurements,
+                "done": terminated | truncated,
+                "terminated": terminated,
+                "truncated": truncated,
+            },
+            batch_size=self.batch_size,
+        )
+
     @abstractmethod
     def _state_tensors(self) -> dict[str, Tensor]:
         """Copies of all that a step or a reset depends on, besides the generator."""

@@ -72,18 +72,8 @@ class OverdriveEnv(MeasuredEnv):
         return state
 
     def current(self) -> TensorDict:
-        truncated = self._steps >= EPISODE_LENGTH
-        return TensorDict(
-            {
-                "observation": self._position,
-                "physics": self._position.double(),
-                "measurements": torch.cat([self._position, self._effort], -1),
-                "done": truncated,
-                "terminated": torch.zeros_like(truncated),
-                "truncated": truncated.clone(),
-            },
-            batch_size=self.batch_size,
-        )
+        measurements = torch.cat([self._position, self._effort], -1)
+        return self._here(self._position, self._position.double(), measurements, self._steps >= EPISODE_LENGTH)
 
     def _state_tensors(self) -> dict[str, Tensor]:
         return {"position": self._position.clone(), "steps": self._steps.clone(), "effort": self._effort.clone()}

@@ -55,17 +55,7 @@ class ZeroValueEnv(MeasuredEnv):
 
     def current(self) -> TensorDict:
         truncated = self._steps >= self.episode_length
-        return TensorDict(
-            {
-                "observation": self._state,
-                "physics": self._state.double(),
-                "measurements": self._reward.clone(),
-                "done": truncated,
-                "terminated": torch.zeros_like(truncated),
-                "truncated": truncated.clone(),
-            },
-            batch_size=self.batch_size,
-        )
+        return self._here(self._state, self._state.double(), self._reward.clone(), truncated)
 
     def _state_tensors(self) -> dict[str, Tensor]:
         return {"state": self._state.clone(), "reward": self._reward.clone(), "steps": self._steps.clone()}
