@@ -34,6 +34,7 @@ class CriticBias(L.Callback):
         scored_steps: S.
     """
 
+    metric_names = ("critic_bias/*",)
     seed = 54321
     negligible = 1e-3
 

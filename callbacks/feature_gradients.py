@@ -31,6 +31,8 @@ class FeatureGradients(L.Callback):
         maps: drawn.
     """
 
+    metric_names = ("feature_gradient/*",)
+
     def __init__(self, folder: str | Path, samples: Size = 256, maps: Size = 8) -> None:
         self.folder = Path(folder)
         self.samples = samples

@@ -111,6 +111,11 @@ class EnvironmentDataModule(L.LightningDataModule):
         """One task for each protocol."""
         return [self._task(name, protocol, episodes) for name, protocol in self.protocols.items()]
 
+    @property
+    def metric_names(self) -> list[str]:
+        """What evaluations will have measured, before there are data; a * for what the method names."""
+        return [name for task in self.evaluation_tasks(self.episodes) for name in task.metric_names]
+
     def _task(self, name: str, protocol: Mapping[str, Any], episodes: int) -> EvaluationTask:
         rewards = named_rewards(protocol)
         arguments = {key: value for key, value in protocol.items() if key != "rewards"}

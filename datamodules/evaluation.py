@@ -114,9 +114,14 @@ class EvaluationTask:
             batch_size=[tasks],
         )
 
+    @property
+    def metric_names(self) -> list[str]:
+        """Of what `metrics` gives, in its order, before anything is run."""
+        return [f"{self.name}/{name}/return" for name in self.rewards]
+
     def metrics(self, result: TensorDictBase) -> dict[str, list[float]]:
         """The episodes' returns, by ``PROTOCOL/REWARD/return``."""
-        return {f"{self.name}/{name}/return": result["return"][i].tolist() for i, name in enumerate(self.rewards)}
+        return dict(zip(self.metric_names, result["return"].tolist()))
 
     def camera(self, size: int) -> "Camera | None":
         """Takes pictures of physics states; None, with one line printed, where nothing can be rendered."""

@@ -1,7 +1,6 @@
 """Running an experiment: every arm with every seed, each a Lightning run of its own, then one report."""
 
 import copy
-import json
 import os
 import re
 import warnings
@@ -31,6 +30,7 @@ from launch.checkpoints import LAST, load_checkpoint
 from launch.choices import check_choices
 from launch.errors import CommandLineError, Stopped
 from launch.files import RESULTS, read_json, write_json
+from launch.objectives import metrics_meant, objective_known, objective_value
 from launch.overrides import SEARCH_PATH, TYPED, given_value, override_key, quoted, train_command
 from launch.recipes import RUN_FOLDERS, check_targets, check_writes, foreign_packages, moved, only_checkpoint
 from launch.report import REFERENCES, write_report
@@ -153,6 +153,10 @@ def _run_study(folder: Path, overrides: list[str], typed: Sequence[str]) -> floa
         if begins is None or run.checkpoint.exists() or Path(begins).is_relative_to(folder):  # not there yet
             continue
         only_checkpoint(begins, "init_from")  # now, not when those before it are trained
+    if config.objective is not None and pending:
+        arms = {run.arm: configs[run] for run in runs}
+        if not objective_known(config.objective, map(_parts, arms.values())):
+            _say(f"objective={config.objective}: whether it is measured shows when the first run is evaluated.")
     announce(config, overrides, runs, pending)
     try:
         for run in pending:
@@ -166,6 +170,10 @@ def _run_study(folder: Path, overrides: list[str], typed: Sequence[str]) -> floa
                 _say(f"Writing to {folder}")
             train(*parts, folder)
             del parts  # or its data would stay in memory while the next are built
+            if _searches():  # not only when the other seeds are trained
+                done = {each.arm: read_json(each.results, RESULTS)["metrics"] for each in runs if each.results.exists()}
+                if done.keys() == _arms(config).keys():
+                    metrics_meant(config.objective, done)
         _finish(config, overrides, runs, folder)
     except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns Ctrl-C into the latter
         begun = (folder / RUN_FILE).exists()
@@ -174,7 +182,7 @@ def _run_study(folder: Path, overrides: list[str], typed: Sequence[str]) -> floa
         command = train_command(f"ckpt_path={quoted(str(folder))}", *trusting)
         advice = f"Go on with: {command}" if begun else "Nothing was written."
         raise Stopped(f"Stopped. {advice}", stop.code if isinstance(stop, SIGTERMException) else 130) from None
-    return None if config.objective is None else _objective(config.objective, folder, _arms(config))
+    return None if config.objective is None else objective_value(config.objective, folder, _arms(config))
 
 
 def _parts(config: DictConfig) -> dict[str, Any]:
@@ -219,23 +227,6 @@ def _check_settings(config: DictConfig, overrides: Sequence[str]) -> None:
 def _searches() -> bool:
     hydra = HydraConfig.get()
     return hydra.mode == RunMode.MULTIRUN and hydra.runtime.choices["hydra/sweeper"] != "basic"
-
-
-@rank_zero_only  # which alone writes the results
-def _objective(name: str, folder: Path, arms: Mapping[str, Any]) -> float:
-    """The mean of a metric over seeds and over the arms that have it.
-
-    Raises:
-        ValueError: no arm has it.
-    """
-    found = json.loads((folder / "results.json").read_text())["arms"]
-    metrics = [found[arm] for arm in arms]
-    metric = name.removeprefix("eval/")
-    means = [values[metric]["mean"] for values in metrics if metric in values]
-    if not means:
-        names = [f"eval/{known}" for known in dict.fromkeys(known for values in metrics for known in values)]
-        raise ValueError(f"objective={name}: expected a metric of the evaluation, {one_of(names, name)}.")
-    return sum(means) / len(means)
 
 
 def build(

@@ -50,10 +50,12 @@ class D4RLTask(EvaluationTask):
         super().__init__(*arguments)
         self.data_name = data_name
 
+    @property
+    def metric_names(self) -> list[str]:
+        returns = super().metric_names
+        return [*(f"{name.removesuffix('return')}score" for name in returns), *returns]
+
     def metrics(self, result: TensorDictBase) -> dict[str, list[float]]:
-        returns = super().metrics(result)
-        scores = {
-            f"{name.removesuffix('return')}score": [d4rl_normalized_score(self.data_name, value) for value in values]
-            for name, values in returns.items()
-        }
-        return {**scores, **returns}
+        returns = result["return"].tolist()
+        scores = [[d4rl_normalized_score(self.data_name, value) for value in values] for values in returns]
+        return dict(zip(self.metric_names, [*scores, *returns]))

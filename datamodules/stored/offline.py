@@ -152,6 +152,10 @@ class OfflineDataModule(EnvironmentDataModule):
         generator = torch.Generator().manual_seed(self.evaluation_seed)
         return [TransitionsTask("data", data[torch.randint(len(data), (self.batch_size,), generator=generator)])]
 
+    @property
+    def metric_names(self) -> list[str]:
+        return super().metric_names if self.rolls_out else ["data/*"]
+
     def _sampler(self, expressions: Sequence[str]) -> Callable[[], tuple[Tensor, Tensor]]:
         return lambda: self.samples(tuple(expressions))
 

@@ -137,10 +137,18 @@ class RandomEpisodesDataModule(EnvironmentDataModule):
     def test_dataloader(self) -> EvaluationTasks:
         return self._tasks(self.episodes)
 
+    @property
+    def metric_names(self) -> list[str]:
+        return [*(f"{name}/*" for name in self._scored_parts), *super().metric_names]
+
+    @property
+    def _scored_parts(self) -> tuple[str, ...]:
+        return ("held_out", "training") if self._score_fit else ()
+
     def _tasks(self, episodes: int) -> EvaluationTasks:
         """The critics' fit of stored transitions, then a task for each protocol."""
         tasks, kind = [], TransitionsTask if self.targets == "sarsa" else SupervisedTask
-        for name in ("held_out", "training") if self._score_fit else ():
+        for name in self._scored_parts:
             replay = getattr(self, name)
             generator = torch.Generator().manual_seed(self.evaluation_seed)
             tasks.append(kind(name, self.sample(replay, (self.scored,), generator)))

@@ -1,13 +1,17 @@
 """Searches and sweeps with Hydra's sweepers and launchers."""
 
 import json
+import re
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
 from lightning.pytorch.utilities import rank_zero_only
 
+from launch.experiments import CONFIGS
 from launch.files import write_json
-from launch.study import _objective
+from launch.objectives import metrics_meant, objective_known, objective_value
+from launch.study import _parts
 
 OPTUNA = ("-m", "hydra/sweeper=optuna", "hydra.sweeper.sampler.seed=0", "hydra.sweeper.direction=maximize")
 
@@ -51,13 +55,51 @@ def test_a_search_for_nothing_is_one_sentence(program, one_arm, tmp_path, object
     finished = program(*one_arm, f"output_root={tmp_path}", *search, "module.updates=5")
     assert finished.code != 0
     assert finished.err.splitlines()[-1].startswith(message)
+    assert "Writing to" not in finished.out  # nothing was trained
+    assert not list(tmp_path.glob("sweep/*/*"))
 
 
 def test_of_several_processes_the_first_has_the_number(tmp_path, monkeypatch):
     write_json(tmp_path / "results.json", {"arms": {"a": {"x": {"mean": 1.0}}, "b": {"x": {"mean": 4.0}}, "c": {}}})
-    assert _objective("eval/x", tmp_path, {"a": [], "b": [], "c": []}) == 2.5
+    assert objective_value("eval/x", tmp_path, "abc") == 2.5
     monkeypatch.setattr(rank_zero_only, "rank", 1)
-    assert _objective("eval/x", tmp_path / "not written yet", {"a": []}) is None
+    assert objective_value("eval/x", tmp_path / "not written yet", "a") is None
+
+
+def test_a_metric_may_be_named_as_the_table_shows_it():
+    arms = {"a": {"stand/return": 1.0}, "b": {"stand/return": 2.0, "stand": 3.0}, "c": {}}
+    assert metrics_meant("eval/stand", arms) == [1.0, 3.0]
+    assert metrics_meant("stand/return", arms) == [1.0, 2.0]
+    with pytest.raises(ValueError, match=r"objective=eval/walk: expected .*, one of eval/stand/return, eval/stand\."):
+        metrics_meant("eval/walk", arms)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "objective", "expected"),
+    [
+        ("fb_overdrive", "eval/goals/score", True),
+        ("fb_overdrive", "eval/goals/scores", "eval/goals/score, eval/goals/in_range"),
+        ("gpl_cheetah", "eval/default_reset/run", True),
+        ("gpl_cheetah", "default_reset/run/return", True),
+        ("gpl_cheetah", "eval/critic_bias/mean", True),
+        ("gpl_cheetah", "eval/pessimism", False),  # the method's own
+        ("gpl_cheetah", "eval/default/run", "eval/default_reset/run/return, eval/critic_bias/*"),
+        ("alix_selffitting", "eval/held_out/td_loss", True),
+        ("drr_digits", "eval/test/last_accuracy", False),
+    ],
+)
+def test_what_will_be_measured_is_known_before_training(experiment, objective, expected):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose("train", [f"experiment={experiment}", "run_dir=x", "study_dir=x", "arm=x"])
+    arms = [_parts(config)]
+    if not isinstance(expected, str):
+        assert objective_known(objective, arms) == expected
+        return
+    with pytest.raises(ValueError, match=re.escape(f"objective={objective}: expected a metric of the ")) as raised:
+        objective_known(objective, arms)
+    assert str(raised.value).endswith(f"one of {expected}.")
+    arms[0]["module"]["part"] = {"_target_": "mine.Part"}  # which may add what it likes
+    assert not objective_known(objective, arms)
 
 
 def test_a_run_that_fails_does_not_end_a_sweep(program, one_arm, tmp_path):
@@ -89,7 +131,9 @@ def test_launchers_of_clusters_compose(program, cluster):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     finished = program("experiment=fb_overdrive", f"hydra/launcher=submitit_{cluster}", "--cfg", "hydra")
     assert finished.code == 0, finished.err
-    launcher = yaml.safe_load(finished.out)["hydra"]["launcher"]
+    hydra = yaml.safe_load(finished.out)["hydra"]
+    assert hydra["hydra_logging"]["loggers"]["alembic"] == {"level": "WARNING"}
+    launcher = hydra["launcher"]
     assert launcher["_target_"].endswith(f"{cluster.capitalize()}Launcher")
     assert launcher["name"] == "${hydra.job.name}"
 

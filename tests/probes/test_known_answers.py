@@ -91,6 +91,7 @@ def overdrive_score(coverage, objective, updates=400):
         module.update(transitions[torch.randint(len(transitions), (256,), generator=generator)])
     (task,) = data.evaluation_tasks(10)
     metrics = task.metrics(module.evaluate(task))
+    assert list(metrics) == data.metric_names
     return sum(metrics["goals/score"]) / 10
 
 

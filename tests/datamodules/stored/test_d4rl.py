@@ -21,4 +21,5 @@ def test_scores_of_d4rl():
     result = TensorDict({"return": torch.tensor([[-20.272305, 3234.3]])}, batch_size=[1])
     metrics = task.metrics(result)
     assert metrics["d4rl/reward/score"] == pytest.approx([0.0, 100.0], abs=1e-4)
+    assert list(metrics) == task.metric_names
     assert metrics["d4rl/reward/return"] == result["return"][0].tolist()
