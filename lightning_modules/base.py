@@ -172,6 +172,10 @@ class LearningMethod(L.LightningModule, ABC):
         if self.compile_mode is None:
             return self.update(batch, **due)
         key = tuple(due.items())
+        if not self._compiled_updates:
+            # What was compiled for other sizes, in the runs before, would make this one's dynamic; and it counts
+            # against a limit, past which nothing is compiled any more.
+            torch.compiler.reset()
         if key not in self._compiled_updates:
             # Random numbers are drawn by the eager kernels, so that compiling does not change the run.
             torch._inductor.config.fallback_random = True

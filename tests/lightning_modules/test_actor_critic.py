@@ -359,7 +359,7 @@ def test_policies_are_evaluated_and_then_improved_against_frozen_critics(transit
     assert moved[2] == moved[3] == {"actor", "temperature"}
 
 
-def test_compiled_updates_are_the_eager_ones(transitions):
+def test_compiled_updates_are_the_eager_ones(compiler, transitions):
     losses = []
     critic = partial(EnsembleResidualMLP, hidden_dim=8)
     for mode in (None, "default"):

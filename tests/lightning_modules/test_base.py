@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -316,3 +317,36 @@ def test_damaged_parts_of_a_checkpoint_are_named_and_nothing_is_changed(whole, c
     with pytest.raises(ValueError, match=message):
         method.check_checkpoint(saved)
     assert equal(random_state(), before)
+
+
+class Regression(LearningMethod):
+    """A method whose update can be compiled."""
+
+    def __init__(self, width: int, compile: str | None = None) -> None:
+        super().__init__(updates=TOTAL, updates_per_step=1, compile=compile)
+        self.net = nn.Linear(width, width)
+        self.optimizer = self.register_optimizer(torch.optim.SGD(self.net.parameters(), lr=0.1))
+
+    def update(self, batch: TensorDict) -> TensorDict:
+        loss = self.net(batch["x"]).square().mean()
+        self.minimise(loss, self.optimizer)
+        return TensorDict({"loss": loss.detach()})
+
+    def evaluate(self, task: ToyTask) -> torch.Tensor:
+        raise NotImplementedError
+
+
+def test_updates_of_the_tenth_run_are_compiled_as_those_of_the_first(monkeypatch):
+    """Each for its own sizes: PyTorch compiles a function eight times, and the second time for sizes of any kind."""
+    shapes = []
+
+    def backend(graph, inputs):
+        shapes.append([tuple(each.shape) for each in inputs if torch.is_tensor(each)])
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    for width in range(2, 12):
+        shapes.clear()
+        Regression(width, compile="default").run_update(TensorDict({"x": torch.ones(4, width)}, [4]))
+        assert any((width, width) in each for each in shapes)
+        assert all(isinstance(size, int) for each in shapes for shape in each for size in shape)

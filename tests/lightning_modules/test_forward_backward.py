@@ -179,12 +179,8 @@ def test_normaliser_standardises_by_the_data(small_agent, transitions):
     assert (normalised.std() - 1).abs() < 0.1
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [VARIANTS["FB-AWARE"], pytest.param(VARIANTS["FB"], marks=pytest.mark.slow)],
-    ids=["FB-AWARE", "FB"],
-)
-def test_compiled_updates_equal_eager_ones(small_agent, transitions, settings):
+@pytest.mark.parametrize("settings", [VARIANTS["FB-AWARE"], VARIANTS["FB"]], ids=["FB-AWARE", "FB"])
+def test_compiled_updates_equal_eager_ones(compiler, small_agent, transitions, settings):
     losses = []
     for mode in (None, "default"):
         agent = small_agent(compile=mode, **settings)

@@ -215,7 +215,7 @@ def test_critics_learn_the_value_of_the_data_where_the_next_action_is_given(batc
     torch.testing.assert_close(made.target(batch), expected)
 
 
-def test_compiled_updates_are_the_eager_ones(transitions):
+def test_compiled_updates_are_the_eager_ones(compiler, transitions):
     found = []
     for mode in (None, "default"):
         encoder = partial(Reconstructing, channels=4, mixing=SignalMixing, augmentation=RandomShift(2))
