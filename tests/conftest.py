@@ -1,11 +1,16 @@
 """What many tests need: small methods, their configuration, and programs run as a user runs them."""
 
+import builtins
+import errno
+import io
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,15 +91,52 @@ def run_program() -> Callable[..., subprocess.CompletedProcess]:
     return run
 
 
+SMALL = 8 * 2**20
+
+
 @pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
-    """A file system of 8 MB."""
+def small_disk(tmp_path, monkeypatch) -> Iterator[Path]:
+    """A file system of 8 MB; where none may be mounted, a folder in which Python finds no more room than on one."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", folder], capture_output=True).returncode:
-        pytest.skip("file systems can't be mounted here")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SMALL}", "none", folder], capture_output=True).returncode:
+        bound(folder, monkeypatch)
+        yield folder
+        return
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def bound(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse to write more than SMALL bytes to a folder, as the system would, and to say that there is more room."""
+    opened, disk_usage = io.open, shutil.disk_usage
+
+    def inside(path: Any) -> bool:
+        return isinstance(path, str | os.PathLike) and Path(path).is_relative_to(folder)
+
+    def free() -> int:
+        found = [path.stat() for path in folder.rglob("*") if path.is_file()]
+        return SMALL - sum(min(512 * each.st_blocks, -(-each.st_size // 4096) * 4096) for each in found)
+
+    class Bound(io.FileIO):
+        def write(self, data: Any) -> int:
+            if len(data) > free():
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data)
+
+    def open_bound(
+        file: Any, mode: str = "r", buffering: int = -1, encoding: str | None = None, *others: Any, **more: Any
+    ):
+        if not inside(file) or not set(mode) & set("wax"):
+            return opened(file, mode, buffering, encoding, *others, **more)
+        raw = io.BufferedWriter(Bound(file, mode.replace("b", "").replace("t", "")))
+        return raw if "b" in mode else io.TextIOWrapper(raw, encoding, *others, **more)
+
+    monkeypatch.setattr(io, "open", open_bound)
+    monkeypatch.setattr(builtins, "open", open_bound)
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: SimpleNamespace(free=free()) if inside(path) else disk_usage(path)
+    )
 
 
 @pytest.fixture(scope="session")
