@@ -112,6 +112,11 @@ class EnvironmentDataModule(L.LightningDataModule):
         return [self._task(name, protocol, episodes) for name, protocol in self.protocols.items()]
 
     @property
+    def rewards(self) -> dict[str, dict[str, str]]:
+        """What is evaluated: by protocol, tasks or expressions by the names of the rewards."""
+        return {name: named_rewards(protocol) for name, protocol in self.protocols.items()}
+
+    @property
     def metric_names(self) -> list[str]:
         """What evaluations will have measured, before there are data; a * for what the method names."""
         return [name for task in self.evaluation_tasks(self.episodes) for name in task.metric_names]

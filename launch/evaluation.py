@@ -1,7 +1,7 @@
 """Score, draw and film a checkpoint, for the tasks of its experiment or for a reward of your own.
 
     python evaluate.py ckpt_path=PATH [reward=EXPRESSION] [protocol=NAME] [episodes=10] [seconds=10, of the films]
-                       [threads=N] [trust=PACKAGE,...] [data_root=data]
+        [threads=N] [trust=PACKAGE,...] [data_root=data] [output_root=outputs, where `last` is looked for]
 
 PATH is a checkpoint, a run's folder, or `last`. EXPRESSION is written over the environment's named quantities, such as
 "head_height < 1.25 and torso_upright > 0.9" or "tolerance(left_hand_height, 1.5, inf, 0.3)"; a wrong name lists them
@@ -11,14 +11,17 @@ Data sets that the evaluation needs and does not find are only made in data_root
 
 import shlex
 import sys
-from typing import Any
+from contextlib import suppress
+from typing import Any, get_args
 
 import lightning as L
 import torch
 
 from callbacks.results import Films, Results, RewardCurves
+from components.checks import Positive, Size, check_range
 from launch.errors import CommandLineError
 from launch.files import write_json
+from launch.overrides import program
 from launch.recipes import find_checkpoint, find_checkpoints, rebuild, study_of
 from launch.report import write_evaluation
 from launch.runs import check_inside, new_folder
@@ -31,12 +34,12 @@ DEFAULTS = {
     "protocol": None,  # one of the experiment's ways to start episodes; None takes all
     "episodes": 10,
     "seconds": 10.0,  # length of the films
-    "threads": 0,  # of PyTorch; 0 leaves the number to it
+    "threads": None,  # of PyTorch; None leaves the number to it
     "trust": None,  # packages outside of the project that may be called on the checkpoint's word, by commas
     "data_root": "data",  # the only folder, but that of the run, that is written to
     "output_root": "outputs",
 }
-LARGEST = 2**16  # of numbers, of which time and memory are a multiple
+NUMBERS = {"episodes": Size, "seconds": Positive, "threads": Size}
 
 
 def parse(arguments: list[str]) -> dict[str, Any]:
@@ -52,25 +55,27 @@ def parse(arguments: list[str]) -> dict[str, Any]:
             raise CommandLineError(
                 f"Unknown argument {argument}: expected key=value, key one of {', '.join(DEFAULTS)}."
             )
-        kind = type(DEFAULTS[key])
-        if kind not in (int, float):
-            given[key] = text
-            continue
-        try:
-            given[key] = kind(text)
-        except ValueError:
-            given[key] = 0
-        if not 0 < given[key] <= LARGEST:
-            whole = "whole " * (kind is int)
-            raise CommandLineError(f"{argument}: expected a {whole}number above 0, at most {LARGEST}.")
+        given[key] = text if key not in NUMBERS else _number(key, text)
     if given["ckpt_path"] is None:
         raise CommandLineError("ckpt_path is missing: expected a checkpoint, a run's folder, or last.")
     return given
 
 
+def _number(key: str, text: str) -> float:
+    kind = get_args(NUMBERS[key])[0]
+    value: Any = text
+    with suppress(ValueError):
+        value = kind(text)
+    try:
+        check_range(key, value, NUMBERS[key])
+    except ValueError as error:
+        raise CommandLineError(str(error)) from error
+    return value
+
+
 def main() -> None:
     if any(argument in ("-h", "--help") for argument in sys.argv[1:]):
-        print(__doc__)
+        print(__doc__.replace("python evaluate.py", program("evaluate")))
         return
     given = parse(sys.argv[1:])
     quieten()
@@ -107,5 +112,9 @@ def main() -> None:
     with stopping_at_once():
         trainer.test(module, datamodule=datamodule, verbose=False)
     write_json(folder / "evaluation.json", {**given, "ckpt_path": str(path)})
-    print(write_evaluation(f"{recipe['experiment']} after {module.updates} updates", folder))
+    whole = {**given, "ckpt_path": path.resolve()}
+    command = [f"{key}={value}" for key, value in whole.items() if value != DEFAULTS[key]]
+    title = f"{recipe['experiment']} after {module.updates:,} updates"
+    rewards = getattr(datamodule, "rewards", {})  # language models and images have none
+    print(write_evaluation(title, shlex.join([*program("evaluate").split(), *command]), rewards, folder))
     print(folder)

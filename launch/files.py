@@ -8,8 +8,19 @@ from components.files import read_text, replacing
 from components.structure import COUNT, NUMBER, check_structure
 
 METRICS = {str: [NUMBER]}
-RESULTS = {"updates": COUNT, "seconds": NUMBER, "metrics": METRICS}
-"""Of one run, beside the recipe that it was made by."""
+PROVENANCE = {
+    "code": str,
+    "versions": {str: str},
+    "hardware": {"cpu": str, "cores": COUNT, "threads": COUNT, "memory_gb": NUMBER, "gpus": [str]},
+}
+RESULTS = {
+    "updates": COUNT,
+    "seconds": NUMBER,
+    "metrics": METRICS,
+    "recipe": (None, {str: object}),
+    "provenance": (None, PROVENANCE),
+}
+"""Of one run or evaluation."""
 REFERENCE_RESULTS = {str: METRICS}
 COMPLETION_RESULTS = {str: [{"question": str, "answer": str, "completion": str, "right": bool}]}
 
@@ -23,6 +34,17 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The results of one run or evaluation, None for what a former version did not write.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_json`.
+    """
+    content = {"recipe": None, "provenance": None, **read_json(path, {})}
+    check_structure(content, RESULTS, str(path))
+    return content
 
 
 def read_json(path: Path, structure: Any) -> Any:

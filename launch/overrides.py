@@ -10,7 +10,6 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 
-INSTALLED = "tenfold-train"
 SEARCH_PATH = "hydra.searchpath"
 """Folders of configurations beside the project's own."""
 WHERE = ("experiment", "seed", "output_root", "data_root", "ckpt_path", "logger", "hydra")
@@ -53,5 +52,10 @@ def train_command(*overrides: str) -> str:
 
 
 def train_program() -> str:
-    """What trains: an installation has no train.py."""
-    return INSTALLED if Path(sys.argv[0]).name == INSTALLED else "python train.py"
+    return program("train")
+
+
+def program(name: str) -> str:
+    """What trains or evaluates, as it is called: an installation has no scripts."""
+    installed = f"tenfold-{name}"
+    return installed if Path(sys.argv[0]).name.startswith("tenfold-") else f"python {name}.py"

@@ -112,6 +112,7 @@ def _rebuild(
         recipe = moved(recipe, recipe.get("study"), str(study))
     check_recipe(recipe, path, trust, (Path(data_root), *([] if study is None else [study])), parts)
     module = _built(recipe["module"], path, L.LightningModule, **recipe["spec"])
+    module.recipe = recipe
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
     return module, recipe

@@ -11,7 +11,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from launch.curves import draw_curves
-from launch.files import COMPLETION_RESULTS, REFERENCE_RESULTS, RESULTS, read_json, write_json, write_text
+from launch.files import COMPLETION_RESULTS, REFERENCE_RESULTS, read_json, read_results, write_json, write_text
 from launch.overrides import WHERE, departures, train_command
 from launch.resumptions import sentences
 from launch.statistics import LEVEL, RESAMPLES, bootstrap_interval, interquartile_mean
@@ -46,7 +46,7 @@ def write_report(
         remarks: what is to be said of these very runs, beside the experiment's notes.
         resumed: what was changed while they were made, see `launch.resumptions.RESUMED`.
     """
-    results = {run: read_json(run.results, RESULTS) for run in runs}
+    results = {run: read_results(run.results) for run in runs}
     seeds = sorted({run.seed for run in runs})
     found: dict[str, dict[str, dict[int, list[float]]]] = {run.arm: {} for run in runs}  # by arm, metric and seed
     for run, result in results.items():
@@ -74,18 +74,28 @@ def write_report(
     write_text(folder / "report.md", _markdown(config, overrides, remarks, summary, results, curves, folder))
 
 
-def write_evaluation(title: str, folder: Path) -> str:
-    """The report of one evaluated checkpoint in its folder, beside its results.json; returns the table in it."""
-    result = json.loads((folder / "results.json").read_text())
+def write_evaluation(title: str, command: str, rewards: Mapping[str, Mapping[str, str]], folder: Path) -> str:
+    """The report of one evaluated checkpoint in its folder, beside its results.json; returns the table in it.
+
+    Args:
+        command: what made it.
+        rewards: tasks or expressions, by protocol and name.
+    """
+    result = read_results(folder / "results.json")
     table = ["| metric | mean | episodes |", "|---|---:|---:|"]
     for name, values in result["metrics"].items():
         spread = _spread(values, "episodes")
         table.append(f"| {name} | {_cell(spread)} | {spread['n']} |")
-    lines = [f"# {title}", "", "Mean ± standard error over episodes.", "", *table, ""]
+    lines = [f"# {title}", "", "```bash", command, "```", ""]
+    for protocol, named in rewards.items():
+        each = [f"`{name}`" if name == reward else f"`{name}`, which is `{reward}`" for name, reward in named.items()]
+        lines += [f"From the starts of `{protocol}`: {'; '.join(each)}.", ""]
+    lines += ["Mean ± standard error over episodes.", "", *table, ""]
     for name in ("rewards.png", "contact_sheet.png"):
         if (folder / name).exists():
             lines += [f"![{Path(name).stem.replace('_', ' ')}]({name})", ""]
-    lines += _provenance([result["provenance"]])
+    if result["provenance"] is not None:
+        lines += _provenance([result["provenance"]])
     write_text(folder / "report.md", "\n".join(lines))
     return "\n".join(table)
 
@@ -129,7 +139,7 @@ def _made_by(results: Mapping[Any, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What made the results: once for all runs, or several with the runs of each."""
     runs: dict[str, list[str]] = {}
     for run, result in results.items():
-        if "provenance" in result:  # a former version did not write it
+        if result["provenance"] is not None:
             runs.setdefault(json.dumps(result["provenance"]), []).append(run.name)
     return [{**json.loads(made), "runs": names} for made, names in runs.items()]
 

@@ -24,12 +24,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from callbacks.resumption import Resumption
-from components.checks import Size
+from components.checks import Seed, Size, check_range
 from components.structure import check_structure
 from launch.checkpoints import LAST, load_checkpoint
 from launch.choices import check_choices
 from launch.errors import CommandLineError, Stopped
-from launch.files import RESULTS, read_json, write_json
+from launch.files import read_results, write_json
 from launch.objectives import metrics_meant, objective_known, objective_value
 from launch.overrides import SEARCH_PATH, TYPED, given_value, override_key, quoted, train_command
 from launch.recipes import RUN_FOLDERS, check_targets, check_writes, foreign_packages, moved, only_checkpoint
@@ -58,7 +58,7 @@ TOP_LEVEL = {
     "curves_against": str | None,
     "objective": str | None,
     "aggregate": str | None,
-    "seed": int,
+    "seed": Seed,
     "num_seeds": Size,
     "threads": Size | None,
     "ckpt_path": str | None,
@@ -69,7 +69,6 @@ TOP_LEVEL = {
     "trust": str | list[str] | None,
 }
 """What the top-level keys of configs/train.yaml hold, but for those of groups and `arms`."""
-MOST_SEED = 2**32 - 1  # that random number generators take
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,7 @@ def _run_study(folder: Path, overrides: list[str], typed: Sequence[str]) -> floa
             train(*parts, folder)
             del parts  # or its data would stay in memory while the next are built
             if _searches():  # not only when the other seeds are trained
-                done = {each.arm: read_json(each.results, RESULTS)["metrics"] for each in runs if each.results.exists()}
+                done = {each.arm: read_results(each.results)["metrics"] for each in runs if each.results.exists()}
                 if done.keys() == _arms(config).keys():
                     metrics_meant(config.objective, done)
         _finish(config, overrides, runs, folder)
@@ -214,8 +213,7 @@ def _check_settings(config: DictConfig, overrides: Sequence[str]) -> None:
     check_folder_name("name", config.name)
     if config.init_parts and config.init_from is None:
         raise CommandLineError(f"init_parts={config.init_parts}: expected together with init_from, found without.")
-    if not 0 <= config.seed <= config.seed + config.num_seeds - 1 <= MOST_SEED:
-        raise ValueError(f"seed={config.seed}, num_seeds={config.num_seeds}: expected seeds from 0 to {MOST_SEED}.")
+    check_range("seed + num_seeds - 1", config.seed + config.num_seeds - 1, Seed)
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         key = override.key_or_group
         if override.value() == {} and not override.is_add() and OmegaConf.select(config, key):
@@ -385,7 +383,7 @@ def _kept(overrides: list[str]) -> list[str]:
 
 def _finished(run: Run, config: DictConfig) -> bool:
     """Whether the run has its results, and they are of as many updates as are asked for now."""
-    return run.results.exists() and read_json(run.results, RESULTS)["updates"] >= config.module.updates
+    return run.results.exists() and read_results(run.results)["updates"] >= config.module.updates
 
 
 def _check_updates(run: Run, config: DictConfig, done: int) -> None:
@@ -407,7 +405,7 @@ def _check_finished(runs: list[Run], pending: list[Run], configs: Mapping[Run, D
         if run in pending:
             continue
         advice = f"start anew without ckpt_path, or delete {run.results}"
-        results = read_json(run.results, {**RESULTS, "recipe": (None, dict)})
+        results = read_results(run.results)
         _check_updates(run, configs[run], results["updates"])
         saved = results["recipe"] or {}
         now = OmegaConf.to_container(configs[run], resolve=True)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import torch
 
 import evaluate
 from launch.errors import run_reporting_errors
+from launch.evaluation import DEFAULTS
+
+REWARD = "x > 0.5 and tolerance(y, -0.2, 0.2, 0.1) > 0.5"
 
 
 @pytest.fixture(scope="module")
@@ -37,19 +41,26 @@ def test_scores_draws_and_films_a_checkpoint(run_folder):
     folder = Path(out.strip().splitlines()[-1])
     written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert {"results.json", "report.md", "rewards.png", "contact_sheet.png", "goals_centre.mp4"} <= written
-    metrics = json.loads((folder / "results.json").read_text())["metrics"]
+    results = json.loads((folder / "results.json").read_text())
+    metrics = results["metrics"]
     assert len(metrics["goals/score"]) == 3
+    assert "From the starts of `goals`: `top_right`; `top_left`; " in (folder / "report.md").read_text()
     # The run's own final evaluation met the same starts and inferred its tasks from the same samples.
-    own = json.loads((run_folder / "fb_aw_narrow" / "seed_0" / "results.json").read_text())["metrics"]
-    assert metrics["goals/score"] == pytest.approx(own["goals/score"], abs=1e-6)
+    own = json.loads((run_folder / "fb_aw_narrow" / "seed_0" / "results.json").read_text())
+    assert metrics["goals/score"] == pytest.approx(own["metrics"]["goals/score"], abs=1e-6)
+    assert results["recipe"] == own["recipe"]
 
 
 def test_a_reward_of_ones_own_is_inferred_and_scored(run_folder):
-    code, out, err = call(
-        f"ckpt_path={run_folder}", "reward=x > 0.5 and tolerance(y, -0.2, 0.2, 0.1) > 0.5", "episodes=2", "seconds=1"
-    )
+    code, out, err = call(f"ckpt_path={run_folder}", f"reward={REWARD}", "episodes=2", "seconds=1")
     assert (code, err) == (0, "")
     assert "goals/reward/return" in out
+    report = (Path(out.strip().splitlines()[-1]) / "report.md").read_text()
+    assert f"From the starts of `goals`: `reward`, which is `{REWARD}`.\n" in report
+    command = shlex.split(report.partition("```bash\n")[2].partition("\n```")[0])
+    checkpoint = run_folder / "fb_aw_narrow/seed_0/checkpoints/last.ckpt"
+    expected = [f"ckpt_path={checkpoint}", f"reward={REWARD}", "episodes=2", "seconds=1.0"]
+    assert command == ["python", "evaluate.py", *expected]
 
 
 @pytest.mark.parametrize(
@@ -74,10 +85,11 @@ def test_wrong_input_is_one_sentence(run_folder, arguments, message):
     [
         (["rewards=x"], "Unknown argument rewards=x: expected key=value, key one of ckpt_path"),
         (["reward"], "Unknown argument reward: expected key=value"),
-        (["episodes=abc"], "episodes=abc: expected a whole number above 0, at most 65536."),
-        (["episodes=0"], "episodes=0: expected a whole number above 0, at most 65536."),
-        (["episodes=99999999999"], "episodes=99999999999: expected a whole number above 0, at most 65536."),
-        (["seconds=inf"], "seconds=inf: expected a number above 0, at most 65536."),
+        (["episodes=abc"], "episodes=abc: expected a whole number."),
+        (["episodes=0"], "episodes=0: expected at least 1."),
+        (["episodes=99999999999"], "episodes=99999999999: expected at most 65536."),
+        (["seconds=inf"], "seconds=inf: expected a finite number."),
+        (["threads=0"], "threads=0: expected at least 1."),
         (["ckpt_path=x", "ckpt_path"], "Unknown argument ckpt_path: expected key=value"),
     ],
 )
@@ -86,6 +98,15 @@ def test_wrong_command_line_is_one_sentence(run_folder, arguments, message):
     assert code == 2
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_help_has_all_arguments_and_the_program_as_it_is_called(monkeypatch, capsys):
+    for called, name in (("evaluate.py", "python evaluate.py"), ("/bin/tenfold-evaluate", "tenfold-evaluate")):
+        monkeypatch.setattr(sys, "argv", [called, "--help"])
+        evaluate.main()
+        said = capsys.readouterr().out
+        assert f"\n    {name} ckpt_path=PATH [" in said
+        assert all(f"{key}=" in said for key in DEFAULTS)
 
 
 def test_missing_and_foreign_checkpoints(tmp_path):

@@ -178,12 +178,18 @@ def test_what_language_models_said_stands_beside_each_other(study, tmp_path):
 
 
 def test_an_evaluation_has_a_report_of_its_own(tmp_path: Path):
-    write_json(tmp_path / "results.json", {"metrics": {"task/return": [1.0, 3.0], "x": [5.0]}, "provenance": MADE})
+    result = {"updates": 5, "seconds": 1.0, "metrics": {"task/return": [1.0, 3.0], "x": [5.0]}, "provenance": MADE}
+    write_json(tmp_path / "results.json", result)
     (tmp_path / "rewards.png").touch()
-    table = write_evaluation("name after 5 updates", tmp_path)
+    rewards = {"start": {"run": "run", "reward": "height > 1"}}
+    table = write_evaluation("name after 5 updates", "python evaluate.py ckpt_path=x", rewards, tmp_path)
     assert table.splitlines()[2:] == ["| task/return | 2.00 ± 1.00 | 2 |", "| x | 5.00 | 1 |"]
     report = (tmp_path / "report.md").read_text()
-    assert report.startswith("# name after 5 updates\n")
+    assert report.startswith("# name after 5 updates\n\n```bash\npython evaluate.py ckpt_path=x\n```\n\n")
+    assert "From the starts of `start`: `run`; `reward`, which is `height > 1`.\n" in report
     assert table in report
     assert "![rewards](rewards.png)" in report
     assert "Made by tenfold abc" in report
+    write_json(tmp_path / "results.json", {**result, "provenance": {"code": "abc"}})
+    with pytest.raises(ValueError, match=r"results.json.provenance: expected versions, found none"):
+        write_evaluation("", "", {}, tmp_path)
