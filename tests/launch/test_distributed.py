@@ -4,6 +4,8 @@ Run as a program (`python test_distributed.py RANK FOLDER`) this file is one of 
 """
 
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -343,6 +345,7 @@ def test_halves_of_a_batch_give_the_gradients_of_the_whole(both, case):
     assert any(gradient.abs().max() > 1e-3 for gradient in whole[case])
 
 
+PATIENCE = 5.0  # seconds in which a run that is asked to end ends
 DDP = ("trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu")
 
 
@@ -353,19 +356,41 @@ def finish(process) -> tuple[Path, str]:
     return Path(out.strip().splitlines()[-1]), out
 
 
+def stopped(process, *others: int, trust: str = "") -> Path:
+    """The folder of a run that was asked to end, by SIGTERM to its first process and to `others`."""
+    asked = time.monotonic()
+    for number in (process.pid, *others):
+        os.kill(number, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)  # the other processes write to the same pipe
+    assert time.monotonic() - asked < PATIENCE
+    assert process.returncode == 143
+    found = re.fullmatch(rf"Stopped\. Go on with: python train\.py ckpt_path=(\S+){re.escape(trust)}\n", err)
+    assert found, err
+    return Path(found[1])
+
+
+def children(process) -> list[int]:
+    return [int(number) for number in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
 @pytest.fixture(scope="module")
-def resumed(spawn, one_arm, tmp_path_factory):
-    root = f"output_root={tmp_path_factory.mktemp('ddp')}"
-    arguments = [*one_arm, *DDP, root]
-    first, _ = finish(spawn(*arguments, "module.updates=40"))
-    second, out = finish(spawn(*arguments, "module.updates=60", "ckpt_path=last"))
+def resumed(spawn, wait_for_updates, one_arm, tmp_path_factory):
+    """A run that went on after its launcher, alone, was asked to end in the middle of an evaluation."""
+    root = tmp_path_factory.mktemp("ddp")
+    slow = "datamodule.task.path=tests.launch.slow_task.SlowTask"
+    arguments = [*one_arm, *DDP, slow, f"output_root={root}", "module.updates=60"]
+    process = spawn(*arguments, SLOW="0.5")
+    wait_for_updates(process, root, "fb_aw_narrow", 40)
+    time.sleep(0.5)
+    first = stopped(process, trust=" 'trust=[tests]'")
+    second, out = finish(spawn(*arguments, "ckpt_path=last", "trust=[tests]"))
     assert second == first
     return second, out
 
 
 def test_two_processes_run_from_the_command_line_and_resume(resumed):
     folder, out = resumed
-    assert out.count("resuming after 40 updates") == 1
+    assert out.count("resuming after 30 updates.") == 1
     assert out.count("# fb_overdrive") == 1
     assert (folder / "report.md").exists()
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]  # no folder of the second process
@@ -405,9 +430,8 @@ def test_two_processes_learn_one_class_after_the_other_and_resume(spawn, wait_fo
 
 def test_a_process_whose_launcher_is_killed_before_they_meet_ends(spawn, one_arm, tmp_path):
     first = spawn(*one_arm, *DDP, f"output_root={tmp_path}")
-    children = Path(f"/proc/{first.pid}/task/{first.pid}/children")
     until = time.monotonic() + 60
-    while not (second := children.read_text().split()) and time.monotonic() < until:
+    while not (second := children(first)) and time.monotonic() < until:
         time.sleep(0.01)
     first.kill()
     first.wait()
@@ -442,12 +466,16 @@ ONLINE = (
 
 
 @pytest.fixture(scope="module")
-def online(spawn, tmp_path_factory):
+def online(spawn, wait_for_updates, tmp_path_factory):
+    """A run that went on after all of its processes were asked to end in the middle of training, as schedulers do."""
     root = tmp_path_factory.mktemp("online")
-    arguments = [*ONLINE, *DDP]
-    first, _ = finish(spawn(*arguments, f"output_root={root}", "module.updates=40"))
-    second, _ = finish(spawn(*arguments, f"output_root={root}", "module.updates=80", "ckpt_path=last"))
+    arguments = [*ONLINE, *DDP, f"output_root={root}", "module.updates=80"]
+    process = spawn(*arguments)
+    wait_for_updates(process, root, "learned_from_05", 50)
+    first = stopped(process, *children(process))
+    second, out = finish(spawn(*arguments, "ckpt_path=last"))
     assert second == first
+    assert "resuming after 40 updates." in out or "resuming after 60 updates." in out
     return second / "learned_from_05" / "seed_0"
 
 
