@@ -79,7 +79,10 @@ def _release(error: BaseException | None) -> None:
 
 
 def run_reporting_errors(main: Callable[[], None]) -> int:
-    """Run a command-line program; returns its exit code: 0, 1 for wrong data or files, 2 for a wrong command line.
+    """Run a command-line program; returns its exit code.
+
+    That is 0; 1 for wrong values, data or files; 2 for a command line that can't be read or names keys or options that
+    do not exist; 128 and the number of the signal that stopped it, so 130 for Ctrl-C.
 
     With the environment variable TENFOLD_TRACEBACK=1 errors come with their traceback.
     """
@@ -140,8 +143,11 @@ def _report(error: BaseException) -> tuple[int, str] | None:
             return report
         from lightning.pytorch.utilities.exceptions import MisconfigurationException  # takes seconds: only if needed
 
-        if isinstance(error.__cause__, TypeError | MisconfigurationException):  # an argument that does not fit
-            return 2, f"{found.group(1) if found else 'The configuration'}: {_one_line(error.__cause__)}."
+        if isinstance(
+            error.__cause__, TypeError | MisconfigurationException
+        ):  # an argument, or its value, does not fit
+            code = 2 if isinstance(error.__cause__, TypeError) else 1
+            return code, f"{found.group(1) if found else 'The configuration'}: {_one_line(error.__cause__)}."
         return None
     if isinstance(error, OmegaConfBaseException) and RESOLVING.match(str(error)):
         raised: BaseException | None = error

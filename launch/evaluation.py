@@ -24,7 +24,7 @@ from launch.files import write_json
 from launch.overrides import program
 from launch.recipes import find_checkpoint, find_checkpoints, rebuild, study_of
 from launch.report import write_evaluation
-from launch.runs import check_inside, new_folder
+from launch.runs import check_inside, new_folder, remove_empty_folders
 from launch.stops import leave_signals, stopping_at_once
 from launch.study import quieten
 
@@ -109,8 +109,11 @@ def main() -> None:
         inference_mode=False,
     )
     leave_signals(trainer)
-    with stopping_at_once():
-        trainer.test(module, datamodule=datamodule, verbose=False)
+    try:
+        with stopping_at_once():
+            trainer.test(module, datamodule=datamodule, verbose=False)
+    finally:
+        remove_empty_folders()
     write_json(folder / "evaluation.json", {**given, "ckpt_path": str(path)})
     whole = {**given, "ckpt_path": path.resolve()}
     command = [f"{key}={value}" for key, value in whole.items() if value != DEFAULTS[key]]

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from launch.errors import CommandLineError, errors_past_hydra, is_first_process
 from launch.experiments import CONFIGS, experiment_list, is_group, missing_folders
 from launch.imports import import_lightning
 from launch.overrides import SEARCH_PATH, TYPED, WHERE, departures, given_value, override_key, quoted, train_program
-from launch.runs import RUN_FILE, merged, newest_run, run_folder, run_of
+from launch.runs import RUN_FILE, merged, newest_run, remove_empty_folders, run_folder, run_of
 
 SWEEP_FOLDER = "hydra.sweep.dir"
 
@@ -38,7 +39,10 @@ def main() -> None:
     """Train and evaluate what the command line asks for."""
     TYPED[:] = sys.argv[1:]
     sys.argv[1:] = completed(sys.argv[1:])  # in place, for the processes that are started with the same command line
-    hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(train)()
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(train)()
+    finally:
+        remove_empty_folders()
 
 
 def train(config: DictConfig) -> float | None:
@@ -59,10 +63,15 @@ def train(config: DictConfig) -> float | None:
             )
             print(f"{config.name}: {config.summary} Takes {config.duration}{as_known}.", flush=True)
         # They take seconds, and the line above, help and typing errors do not need them.
-        import_lightning()
-        from launch.study import run_study
+        try:
+            import_lightning()
+            from launch.study import run_study
 
-        return run_study()
+            return run_study()
+        finally:
+            if is_first_process():
+                with suppress(OSError):  # a study that could not even begin leaves no folder behind
+                    Path(hydra_config.runtime.output_dir).rmdir()
 
 
 def completed(arguments: Sequence[str]) -> list[str]:

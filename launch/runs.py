@@ -20,6 +20,7 @@ from launch.resumptions import RESUMED
 RUN_FILE = "run.yaml"
 """Marks the folder of a run; holds the overrides it was started with, and what was changed since."""
 LOCK = ".lock"
+_made: list[Path] = []
 
 
 def run_folder(output_root: Any, name: Any, ckpt_path: str | None) -> str:
@@ -45,12 +46,21 @@ def check_folder_name(key: str, name: Any) -> None:
 
 def new_folder(parent: Path) -> Path:
     """Make a folder named after the time, which no other program has."""
-    parent.mkdir(parents=True, exist_ok=True)
+    missing = [each for each in (parent, *parent.parents) if not each.exists()]
     while True:
+        parent.mkdir(parents=True, exist_ok=True)
         folder = parent / datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
-        with suppress(FileExistsError):
+        with suppress(FileExistsError, FileNotFoundError):  # another program may just have removed an empty parent
             folder.mkdir()
+            _made.extend([*reversed(missing), folder])
             return folder
+
+
+def remove_empty_folders() -> None:
+    """Remove what `new_folder` has made in this program, parents too, where nothing came of it."""
+    while _made:
+        with suppress(OSError):
+            _made.pop().rmdir()
 
 
 def read_overrides(folder: Path) -> list[str]:

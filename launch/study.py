@@ -5,7 +5,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from logging import CRITICAL, ERROR, WARNING, getLogger
 from pathlib import Path
@@ -119,8 +119,6 @@ def run_study() -> float | None:
         finally:
             if rank_zero_only.rank == 0 and not (folder / RUN_FILE).exists():
                 (folder / LOCK).unlink()
-                with suppress(OSError):  # a study that could not even begin leaves no folder behind
-                    folder.rmdir()
 
 
 def _run_study(folder: Path, overrides: list[str], typed: Sequence[str]) -> float | None:

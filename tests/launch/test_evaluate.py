@@ -78,6 +78,8 @@ def test_wrong_input_is_one_sentence(run_folder, arguments, message):
     assert code == 1
     assert message in err
     assert err.count("\n") == 1
+    assert all(any(folder.iterdir()) for folder in run_folder.rglob("evaluations/"))
+    assert all(any(folder.iterdir()) for folder in run_folder.rglob("evaluations/*/"))
 
 
 @pytest.mark.parametrize(
