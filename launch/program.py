@@ -48,12 +48,11 @@ def main() -> None:
 def train(config: DictConfig) -> float | None:
     """Say what is about to happen and how long it should take, and run a study; returns what a search asked for."""
     hydra_config = HydraConfig.get()
-    if hydra_config.mode == RunMode.MULTIRUN:
+    if hydra_config.mode == RunMode.MULTIRUN and given_value(sys.argv[1:], SWEEP_FOLDER) is None:
         # The other processes of a run are started with the same command line, and make the whole sweep beside this one.
-        if given_value(sys.argv[1:], SWEEP_FOLDER) is None:
-            sys.argv.append(f"{SWEEP_FOLDER}={quoted(os.path.abspath(hydra_config.sweep.dir))}")
-        with read_write(hydra_config):
-            hydra_config.run.dir = hydra_config.runtime.output_dir  # Lightning asks for it
+        sys.argv.append(f"{SWEEP_FOLDER}={quoted(os.path.abspath(hydra_config.sweep.dir))}")
+    with read_write(hydra_config):  # Lightning puts it between quotes, for the processes that it starts
+        hydra_config.run.dir = quoted(hydra_config.runtime.output_dir).removeprefix('"').removesuffix('"')
     with errors_past_hydra():
         if is_first_process():
             as_known = (

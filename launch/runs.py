@@ -28,14 +28,27 @@ def run_folder(output_root: Any, name: Any, ckpt_path: str | None) -> str:
 
     Raises:
         FileNotFoundError: `ckpt_path` names no run.
-        ValueError: `output_root` or `name` name no folder.
+        ValueError: `output_root` or `name` name no folder, or another program has started several processes.
     """
     if ckpt_path is not None:
         return str(run_of(Path(ckpt_path)))
     if not isinstance(output_root, str) or not output_root or "${" in os.path.abspath(output_root):
         raise ValueError(f"output_root={output_root!r}: expected the path of a folder, without '${{' in it.")
     check_folder_name("name", name)
+    processes, starter = started_by_others()
+    if processes > 1:  # each would make a folder of its own
+        raise ValueError(
+            f"hydra.run.dir: expected one folder for the {processes} processes that {starter} has started, found none; "
+            "add hydra.run.dir=FOLDER."
+        )
     return str(new_folder(Path(output_root) / name))
+
+
+def started_by_others() -> tuple[int, str]:
+    """How many processes of a run another program has started, and its name; 1 where the run starts its own."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return int(os.environ["WORLD_SIZE"]), "torchrun"
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)), "srun"
 
 
 def check_folder_name(key: str, name: Any) -> None:

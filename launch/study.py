@@ -44,6 +44,7 @@ from launch.runs import (
     locked,
     merged,
     read_resumed,
+    started_by_others,
     write_overrides,
 )
 from launch.stops import leave_signals, stopping_at_once
@@ -161,6 +162,12 @@ def _run_study(folder: Path, overrides: list[str], typed: Sequence[str]) -> floa
             processes = parts[0].num_devices * parts[0].num_nodes
             if processes > 1 and _searches():  # each would make the whole search, with values that it draws itself
                 raise ValueError(f"trainer.devices: expected one process in a search, found {processes}.")
+            started, starter = started_by_others()
+            if 1 < started != processes:  # each would make a run of its own
+                raise ValueError(
+                    f"trainer.devices: expected the {started} processes that {starter} has started, found {processes}; "
+                    f"add trainer=ddp trainer.devices={started}, of several machines those of each."
+                )
             parts[0].callbacks.insert(0, Resumption(folder))
             _remember(folder, overrides, run, saved, parts[1].recipe)  # now that they are known to make sense
             if run is pending[0]:

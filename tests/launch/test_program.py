@@ -1,12 +1,16 @@
 """Help, sweeps, loggers and films, as a person meets them."""
 
 import csv
+from pathlib import Path
 
+import pytest
+from lightning.fabric.strategies.launchers.subprocess_script import _hydra_subprocess_cmd
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks.results import Films
 from datamodules.environments.batched_mujoco import BatchedMujocoEnv
 from datamodules.evaluation import EvaluationTask
+from launch.overrides import given_value, quoted
 
 
 def test_help_lists_the_experiments_with_their_duration_and_imports_no_torch(run_program):
@@ -41,6 +45,19 @@ assert all(package_available(name) and RequirementCache(name) for name in UNUSED
 """
     finished = run_program("-c", program)
     assert finished.returncode == 0, finished.stderr
+
+
+@pytest.mark.parametrize("mode", [(), ("-m",)])
+def test_processes_that_a_run_starts_are_told_its_folder(program, tmp_path, monkeypatch, mode):
+    """Whatever its name is."""
+    parent, commands = tmp_path / 'a "b" \\c', []
+    monkeypatch.setattr("launch.study.run_study", lambda: commands.append(_hydra_subprocess_cmd(local_rank=1)))
+    finished = program(*mode, "experiment=fb_overdrive", f"output_root={quoted(str(parent))}")
+    assert finished.code == 0, finished.err
+    ((command, _),) = commands
+    folder = Path(given_value(command, "hydra.run.dir"))
+    assert folder.relative_to(parent).parts[0] == ("sweep" if mode else "fb_overdrive")
+    assert folder.is_dir()
 
 
 def test_every_run_of_a_sweep_has_a_folder_of_its_own(program, one_arm, tmp_path):

@@ -26,6 +26,26 @@ def test_programs_that_start_at_one_instant_get_folders_of_their_own(tmp_path, m
     assert names == ["2026-11-22_12-00-00-000005", "2026-11-22_12-00-00-000006"]
 
 
+@pytest.mark.parametrize(
+    ("starter", "environment"),
+    [("torchrun", {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2"}), ("srun", {"SLURM_STEP_NUM_TASKS": "2"})],
+)
+def test_processes_of_one_run_have_one_folder(program, tmp_path, monkeypatch, starter, environment):
+    for name, value in {**environment, "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    refused = program("experiment=fb_overdrive", f"output_root={tmp_path}")
+    expected = (
+        f"hydra.run.dir: expected one folder for the 2 processes that {starter} has started, found none; add hydra"
+    )
+    assert (refused.code, refused.err[: len(expected)], refused.err.count("\n")) == (1, expected, 1)
+    refused = program("experiment=fb_overdrive", f"hydra.run.dir={tmp_path / 'run'}", "datamodule.dataset.episodes=20")
+    expected = (
+        f"trainer.devices: expected the 2 processes that {starter} has started, found 1; add trainer=ddp trainer.d"
+    )
+    assert (refused.code, refused.err[: len(expected)], refused.err.count("\n")) == (1, expected, 1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_is_one_programs_until_it_ends_or_is_killed(tmp_path):
     with locked(tmp_path), pytest.raises(ValueError, match="no program is at work on, found one"), locked(tmp_path):
         pass
