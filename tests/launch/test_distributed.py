@@ -134,6 +134,7 @@ def gradients() -> dict[str, list[torch.Tensor]]:
     pictures = torch.randint(256, (2, ROWS, 3, 20, 20), generator=generator, dtype=torch.uint8)[:, share]
     batch["observation"], batch["next", "observation"] = pictures
     found["pixels"] = pixel_gradients(batch)
+    found["pixels, a loss of the encoder's own"] = encoder_gradients(batch)
     pairs = torch.randint(256, (ROWS, 2, 1, 8, 8), generator=generator, dtype=torch.uint8)[share]
     labels = (torch.arange(ROWS) % 3)[share]
     for positives in ("class", "instance"):
@@ -274,6 +275,29 @@ def pixel_gradients(batch: TensorDict) -> list[torch.Tensor]:
     return minimised(agent, loss, agent.critic_optimizer)
 
 
+class Brightness(PixelEncoder):
+    """Has a loss of its own, which is large beside that of the critics."""
+
+    def loss(self, observation: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        return 10 * (features.mean(1) - observation.flatten(1).float().mean(1) / 255).square().mean()
+
+
+def encoder_gradients(batch: TensorDict) -> list[torch.Tensor]:
+    """Of critics and encoder, in an update as it is made."""
+    torch.manual_seed(3)
+    agent = ActorCritic(
+        [3, 20, 20],
+        2,
+        critic=partial(EnsembleMLP, hidden_dim=16, last_gain=1.0),
+        actor=partial(DeterministicActor, network=partial(EnsembleMLP, hidden_dim=16, last_gain=1.0)),
+        pessimism=MinimumPessimism(),
+        encoder=partial(Brightness, channels=4),
+        updates=1,
+    )
+    agent.update(batch, actor=False)
+    return [parameter.grad for group in agent.critic_optimizer.param_groups for parameter in group["params"]]
+
+
 def actor_critic_gradients(batch: TensorDict, quantiles: int) -> dict[str, list[torch.Tensor]]:
     torch.manual_seed(3)
     agent = ActorCritic(
@@ -306,6 +330,7 @@ CASES = [
     *REPRESENTATIONS,
     *(f"{o}, {r}" for o in OBJECTIVES for r in ("one_block", "four_blocks")),
     "pixels",
+    "pixels, a loss of the encoder's own",
     "classifier, class",
     "classifier, instance",
     "classifier, statistics",
@@ -342,6 +367,7 @@ def test_halves_of_a_batch_give_the_gradients_of_the_whole(both, case):
     whole, halves = both
     for process in halves:
         torch.testing.assert_close(process[case], whole[case], rtol=1e-5, atol=1e-5)
+    assert all(map(torch.equal, *(process[case] for process in halves)))  # or their weights would part
     assert any(gradient.abs().max() > 1e-3 for gradient in whole[case])
 
 

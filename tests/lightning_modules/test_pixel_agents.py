@@ -1,6 +1,7 @@
 """DrQ-v2 and A-LIX: the actor-critic with an encoder."""
 
 import copy
+import io
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from components.networks.encoders import FeatureTrunk, PixelEncoder, RandomShift
 from components.networks.ensemble import EnsembleMLP
 from components.networks.signal_mixing import SignalMixing, discontinuity_score
 from lightning_modules.actor_critic import ActorCritic
+from lightning_modules.base import set_random_state
 
 SHAPE = (9, 20, 20)
 NETWORK = partial(EnsembleMLP, hidden_dim=8, last_gain=1.0)
@@ -245,6 +247,32 @@ def test_a_loss_of_the_encoders_own_is_added_to_that_of_the_critics(batch):
             (own - was).abs(), torch.full_like(own, 0.02), rtol=1e-3, atol=0
         )  # Adam's first step
     assert "encoder_loss" not in agent().run_update(batch)
+
+
+def test_training_goes_on_bit_for_bit_from_what_is_saved(transitions):
+    """With all that an encoder may have: a loss and parameters of its own, mixing whose strength moves, and shifts."""
+    encoder = partial(Reconstructing, channels=4, mixing=SignalMixing, augmentation=RandomShift(2))
+    batches = [transitions(16, SHAPE, seed=seed) for seed in range(4)]
+    whole, resumed = agent(encoder=encoder), agent(encoder=encoder)
+    losses = [whole.run_update(batch)["encoder_loss"] for batch in batches[:2]]
+    saved = {
+        "state_dict": whole.state_dict(),
+        "optimizer_states": [optimizer.state_dict() for optimizer in whole.configure_optimizers()],
+    }
+    whole.on_save_checkpoint(saved)
+    file = io.BytesIO()
+    torch.save(saved, file)
+    losses += [whole.run_update(batch)["encoder_loss"] for batch in batches[2:]]
+
+    saved = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    resumed.on_load_checkpoint(saved)
+    resumed.load_state_dict(saved["state_dict"])
+    for optimizer, state in zip(resumed.configure_optimizers(), saved["optimizer_states"]):
+        optimizer.load_state_dict(state)
+    set_random_state(saved["learning_method"]["processes"][0]["random"])
+    assert [resumed.run_update(batch)["encoder_loss"] for batch in batches[2:]] == losses[2:]
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
 
 
 def test_a_loss_for_each_row_is_named(batch, monkeypatch):
