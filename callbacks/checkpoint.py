@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from components.checks import Count, checked
+from components.wording import counted, size
 
 
 @checked
@@ -78,7 +79,7 @@ class Checkpoint(L.Callback):
         if self._seconds:
             count = len(self._seconds)
             print(
-                f"{self.name}: took {count} checkpoint{'s' * (count > 1)}, each {sum(self._seconds) / count:.2f} s and "
-                f"{sum(self._bytes) / count / 1e6:.1f} MB.",
+                f"{self.name}: took {counted(count, 'checkpoint')} of {sum(self._seconds) / count:.2f} s and "
+                f"{size(sum(self._bytes) / count)}{' each' * (count > 1)}.",
                 flush=True,
             )

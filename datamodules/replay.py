@@ -15,6 +15,7 @@ from tensordict import MemoryMappedTensor, TensorDict, TensorDictBase
 from torch import Tensor
 
 from components.files import reserve
+from components.wording import size
 
 STORAGES = ("memory", "memmap")
 _NUMBER = "step"
@@ -158,8 +159,8 @@ def _check_memory(needed: int) -> None:
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         raise ValueError(
-            f"replay_capacity, with room for the steps of checkpoint_every: expected at most the {there / 1e9:.3g} GB "
-            f"of memory, found {needed / 1e9:.3g} GB; replay_storage=memmap keeps them on the disk."
+            f"replay_capacity, with room for the steps of checkpoint_every: expected at most the {size(there)} "
+            f"of memory, found {size(needed)}; replay_storage=memmap keeps them on the disk."
         )
 
 

@@ -19,6 +19,7 @@ import torch
 
 from callbacks.results import Films, Results, RewardCurves
 from components.checks import Positive, Size, check_range
+from components.wording import counted
 from launch.errors import CommandLineError
 from launch.files import write_json
 from launch.overrides import program
@@ -89,12 +90,15 @@ def main() -> None:
     module, datamodule, recipe = rebuild(path, trust, given["data_root"])
     datamodule.choose_tasks(given["protocol"], given["reward"])
     datamodule.episodes = given["episodes"]
-    print(f"Evaluating {path} ({recipe['experiment']}, {module.updates} updates).", flush=True)
+    print(f"Evaluating {path} ({recipe['experiment']}, {counted(module.updates, 'update')}).", flush=True)
     study = study_of(path)
     others = [] if study is None else [other for other in find_checkpoints(study) if other != path.resolve()]
     if others:
         another = shlex.quote(f"ckpt_path={others[0]}")
-        print(f"The study has {len(others)} more: name one to evaluate it, such as {another}", flush=True)
+        print(
+            f"The study has {counted(len(others), 'more checkpoint')}, to be evaluated by name, as in {another}",
+            flush=True,
+        )
 
     folder = new_folder(run / "evaluations")
     callbacks = [RewardCurves(folder), Films(folder, seconds=given["seconds"]), Results(folder)]
@@ -117,7 +121,7 @@ def main() -> None:
     write_json(folder / "evaluation.json", {**given, "ckpt_path": str(path)})
     whole = {**given, "ckpt_path": path.resolve()}
     command = [f"{key}={value}" for key, value in whole.items() if value != DEFAULTS[key]]
-    title = f"{recipe['experiment']} after {module.updates:,} updates"
+    title = f"{recipe['experiment']} after {counted(module.updates, 'update')}"
     rewards = getattr(datamodule, "rewards", {})  # language models and images have none
     print(write_evaluation(title, shlex.join([*program("evaluate").split(), *command]), rewards, folder))
     print(folder)

@@ -12,7 +12,9 @@ from hydra.core.override_parser.types import Quote, QuotedString
 
 SEARCH_PATH = "hydra.searchpath"
 """Folders of configurations beside the project's own."""
-WHERE = ("experiment", "seed", "output_root", "data_root", "ckpt_path", "logger", "hydra")
+WHERE = ("experiment", "seed", "output_root", "data_root", "ckpt_path", "logger", "hydra", "trust")
+TELLING = ("name", "summary", "duration", "notes", "training_curves", "curves_against", "objective", "aggregate")
+NEUTRAL = (*WHERE, *TELLING)
 """The first words of overrides that change neither what an experiment is nor how long it takes."""
 
 TYPED: list[str] = []
@@ -25,8 +27,12 @@ def override_key(override: str) -> str:
 
 
 def departures(overrides: Sequence[str], neutral: Collection[str]) -> list[str]:
-    """Those overrides whose first word is none of the neutral ones: where a run departs from the experiment."""
-    return [override for override in overrides if re.split(r"[./@]", override_key(override))[0] not in neutral]
+    """Those overrides whose first word is none of the neutral ones: where a run departs from the experiment.
+
+    Of those of one key the last one counts.
+    """
+    last = {override_key(override): override for override in overrides}
+    return [override for key, override in last.items() if re.split(r"[./@]", key)[0] not in neutral]
 
 
 def given_value(overrides: Sequence[str], key: str) -> Any:

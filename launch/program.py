@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from launch.errors import CommandLineError, errors_past_hydra, is_first_process
 from launch.experiments import CONFIGS, experiment_list, is_group, missing_folders
 from launch.imports import import_lightning
-from launch.overrides import SEARCH_PATH, TYPED, WHERE, departures, given_value, override_key, quoted, train_program
+from launch.overrides import NEUTRAL, SEARCH_PATH, TYPED, departures, given_value, override_key, quoted, train_program
 from launch.runs import RUN_FILE, merged, newest_run, remove_empty_folders, run_folder, run_of
 
 SWEEP_FOLDER = "hydra.sweep.dir"
@@ -57,7 +57,7 @@ def train(config: DictConfig) -> float | None:
         if is_first_process():
             as_known = (
                 " with its own settings"
-                if departures(OmegaConf.to_container(hydra_config.overrides.task), WHERE)
+                if departures(OmegaConf.to_container(hydra_config.overrides.task), NEUTRAL)
                 else ""
             )
             print(f"{config.name}: {config.summary} Takes {config.duration}{as_known}.", flush=True)

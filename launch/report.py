@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
+from components.wording import counted, size
 from launch.curves import draw_curves
 from launch.files import COMPLETION_RESULTS, REFERENCE_RESULTS, read_json, read_results, write_json, write_text
-from launch.overrides import WHERE, departures, train_command
+from launch.overrides import NEUTRAL, departures, train_command
 from launch.resumptions import sentences
 from launch.statistics import LEVEL, RESAMPLES, bootstrap_interval, interquartile_mean
 
@@ -20,12 +21,12 @@ REFERENCES = "references.json"
 COMPLETIONS = "completions.json"
 PICTURES = {
     "rewards.png": "Reward at every step of the episodes of {}, mean and range",
-    "films/contact_sheet.png": "Films of {}, moments of the first episode",
+    "films/contact_sheet.png": "Moments of the first episode of {} for each reward; films of its beginning lie beside",
     "reconstructions.png": "What {} keeps of images",
     "confusion.png": "What {} takes questions for, a row for each family and its kind",
     "feature_gradients.png": "What the critics' loss asks of the feature maps of {}, each on a scale of its own",
 }
-# The first words of overrides that change nothing which the notes speak of, beside those that say where.
+# The first words of overrides that change nothing which the notes speak of, beside those that are neutral.
 HOW_LONG = ("num_seeds", "threads", "trainer", "callbacks", "checkpoint_every")
 
 
@@ -91,9 +92,10 @@ def write_evaluation(title: str, command: str, rewards: Mapping[str, Mapping[str
         each = [f"`{name}`" if name == reward else f"`{name}`, which is `{reward}`" for name, reward in named.items()]
         lines += [f"From the starts of `{protocol}`: {'; '.join(each)}.", ""]
     lines += ["Mean ± standard error over episodes.", "", *table, ""]
-    for name in ("rewards.png", "contact_sheet.png"):
-        if (folder / name).exists():
-            lines += [f"![{Path(name).stem.replace('_', ' ')}]({name})", ""]
+    for name, what in PICTURES.items():
+        picture = folder / Path(name).name
+        if picture.exists():
+            lines += [f"{what.format('this evaluation')}:", "", f"![{picture.stem}]({picture.name})", ""]
     if result["provenance"] is not None:
         lines += _provenance([result["provenance"]])
     write_text(folder / "report.md", "\n".join(lines))
@@ -157,7 +159,8 @@ def _markdown(
     lines = [f"# {config.name}", "", config.summary, "", "```bash", train_command(*overrides), "```", ""]
     for sentence in sentences(summary["resumed"], len(runs)):
         lines += [sentence, ""]
-    lines += [f"Seeds {seeds}; mean ± standard error over {_over(arms, seeds)}.", ""]
+    named = f"Seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    lines += [f"{named}; mean ± standard error over {_over(arms, seeds)}.", ""]
     lines += _table(arms, lambda value: _cell(value, len(seeds)))
     for remark in [*_notes(config.notes, overrides), *remarks]:
         lines += [remark, ""]
@@ -193,7 +196,7 @@ def _trained(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _notes(notes: Sequence[str], overrides: Sequence[str]) -> list[str]:
-    changed = [f"`{override}`" for override in departures(overrides, (*WHERE, *HOW_LONG))]
+    changed = [f"`{override}`" for override in departures(overrides, (*NEUTRAL, *HOW_LONG))]
     if not notes or not changed:
         return list(notes)
     return [f"The experiment's notes, written for its own settings and not for {', '.join(changed)}:", *notes]
@@ -252,8 +255,12 @@ def _interval(value: Mapping[str, Any]) -> str:
 def _times(results: Mapping[Any, Mapping[str, Any]]) -> str:
     seconds: dict[tuple[str, int], list[str]] = {}
     for run, result in results.items():
-        seconds.setdefault((run.arm, result["updates"]), []).append(f"{result['seconds']:.0f}")
-    return "; ".join(f"{arm} {', '.join(each)} s ({updates:,} updates)" for (arm, updates), each in seconds.items())
+        seconds.setdefault((run.arm, result["updates"]), []).append(
+            f"{result['seconds']:.{int(result['seconds'] < 10)}f}"
+        )
+    return "; ".join(
+        f"{arm} {', '.join(each)} s ({counted(updates, 'update')})" for (arm, updates), each in seconds.items()
+    )
 
 
 def _provenance(made: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -263,11 +270,11 @@ def _provenance(made: Sequence[Mapping[str, Any]]) -> list[str]:
         hardware = each["hardware"]
         code = each["code"].removesuffix("+") + ", with uncommitted changes" * each["code"].endswith("+")
         versions = ", ".join(f"{name} {version}" for name, version in each["versions"].items())
-        devices = ", ".join([f"{hardware['cores']} cores of {hardware['cpu']}", *hardware["gpus"]])
+        devices = ", ".join([f"{counted(hardware['cores'], 'core')} of {hardware['cpu']}", *hardware["gpus"]])
         whose = f" ({', '.join(each['runs'])})" if len(made) > 1 else ""
         lines += [
-            f"Made{whose} by tenfold {code}; {versions}; on {devices}, {hardware['memory_gb']:.0f} GB of memory, "
-            f"{hardware['threads']} threads.",
+            f"Made{whose} by tenfold {code}; {versions}; on {devices}, {size(1e9 * hardware['memory_gb'])} of memory, "
+            f"{counted(hardware['threads'], 'thread')}.",
             "",
         ]
     return lines

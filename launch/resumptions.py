@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from components.structure import COUNT
+from components.wording import counted
 
 PARTS = ("module", "datamodule", "trainer")
 """Of a recipe, what a run's numbers depend on."""
@@ -70,7 +71,7 @@ def sentences(resumed: Sequence[Mapping[str, Any]], runs: int) -> list[str]:
     for one in resumed:
         told.setdefault((one["updates"], in_words(one["changes"])), []).append(one["run"])
     whose = {each: f" ({', '.join(names)})" if runs > 1 else "" for each, names in told.items()}
-    return [f"Resumed{whose[updates, what]} after {updates:,} updates{what}." for updates, what in told]
+    return [f"Resumed{whose[updates, what]} after {counted(updates, 'update')}{what}." for updates, what in told]
 
 
 def _text(value: Any) -> str:

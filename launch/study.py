@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from callbacks.resumption import Resumption
 from components.checks import Seed, Size, check_range
 from components.structure import check_structure
+from components.wording import counted
 from launch.checkpoints import LAST, load_checkpoint
 from launch.choices import check_choices
 from launch.errors import CommandLineError, Stopped
@@ -261,7 +262,7 @@ def build(
     if resume is not None:
         saved = _check(resume, module, datamodule)
         changed = in_words(changes(saved["recipe"], module.recipe))
-        _say(f"{run.arm}, seed {run.seed}: resuming after {saved['updates']} updates{changed}.")
+        _say(f"{run.arm}, seed {run.seed}: resuming after {counted(saved['updates'], 'update')}{changed}.")
     loggers = [instantiate(logger) for logger in config.logger.values()]
     callbacks = [instantiate(callback) for callback in config.callbacks.values() if callback is not None]
     trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers, default_root_dir=str(run.folder))
@@ -301,7 +302,9 @@ def _begin(module: L.LightningModule, config: DictConfig) -> str:
         raise ValueError(f"init_from={path}: {error}") from error
     named = "; ".join(f"{what}: {', '.join(names) or 'nothing'}" for what, names in found.items())
     updates = saved["learning_method"]["updates"]
-    return f"no resumption, but a new run that begins with weights of {path} after {updates} updates ({named})."
+    return (
+        f"no resumption, but a new run that begins with weights of {path} after {counted(updates, 'update')} ({named})."
+    )
 
 
 def _check(checkpoint: Path, module: L.LightningModule, datamodule: L.LightningDataModule) -> dict[str, Any]:
@@ -464,8 +467,10 @@ def _checkpoint_argument(config: DictConfig, runs: list[Run]) -> Path | None:
 def announce(config: DictConfig, overrides: list[str], runs: list[Run], pending: list[Run]) -> None:
     """One line on how much there is to do, and one on what makes arms less different."""
     arms, seeds = len({run.arm for run in runs}), len({run.seed for run in runs})
-    done = f", {len(runs) - len(pending)} of {len(runs)} runs done already" if len(pending) < len(runs) else ""
-    _say(f"{arms} arm{'s' * (arms > 1)}, {seeds} seed{'s' * (seeds > 1)}{done}.")
+    done = (
+        f", {len(runs) - len(pending)} of {counted(len(runs), 'run')} done already" if len(pending) < len(runs) else ""
+    )
+    _say(f"{counted(arms, 'arm')}, {counted(seeds, 'seed')}{done}.")
     for sentence in _replaced(config, overrides):
         _say(sentence)
 

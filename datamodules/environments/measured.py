@@ -15,6 +15,7 @@ from torchrl.envs import EnvBase
 
 from components.checks import Seed, Size, checked
 from components.control.rewards import RewardExpression
+from components.wording import counted
 
 
 @checked
@@ -150,9 +151,12 @@ class MeasuredEnv(EnvBase):
         self._set_state_tensors({name: value.cpu() for name, value in state.items()})
         self._generator.set_state(state["generator"].cpu())
         if self.began_anew.any():
+            episodes = (
+                f"{int(self.began_anew.sum())} of {counted(len(self.began_anew), 'episode')} of {self.domain_name}"
+            )
             print(
-                f"{int(self.began_anew.sum())} of {len(self.began_anew)} episodes of {self.domain_name} can't go on "
-                "where they were and begin anew: from here on, this run is not the one that it would have been.",
+                f"{episodes} can't go on where they were and begin anew: from here on, this run is not the one that it "
+                "would have been.",
                 flush=True,
             )
             self.begin(self.began_anew.numpy().nonzero()[0])

@@ -32,6 +32,7 @@ from torchrl.envs import EnvBase
 from tqdm import tqdm
 
 from components.files import locking
+from components.wording import counted
 from datamodules.stored.transitions import TransitionDataset, write_dataset
 
 _BATCH_STEPS = 100  # steps between two looks at the progress
@@ -145,7 +146,7 @@ def _collect(
     found = len(shards) - len(missing)
     already = f", {found} of them are there already" if found else ""
     print(
-        f"Collecting {folder.name}: {len(shards)} shards into {folder}{already}; "
+        f"Collecting {folder.name}: {counted(len(shards), 'shard')} into {folder}{already}; "
         f"about {_duration(expected_seconds * len(missing) / len(shards))}.",
         flush=True,
     )

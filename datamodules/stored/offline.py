@@ -12,6 +12,7 @@ from torch import Tensor
 
 from components.checks import Count, checked, vector_size
 from components.distributed import rank, world_size
+from components.wording import counted
 from datamodules.environment import EnvironmentDataModule, named_rewards
 from datamodules.environments.measured import MeasuredEnv
 from datamodules.evaluation import TransitionsTask
@@ -226,8 +227,8 @@ def _described(dataset: TransitionDataset) -> Iterator[str]:
     returns = dataset.stored_returns()
     span = f", returns from {returns.min():.4g} to {returns.max():.4g}" if returns.shape[1] == 1 else ""
     yield (
-        f"Data: {len(dataset)} transitions{unknown} in {dataset.episodes} episodes, {terminal} ended by terminals and "
-        f"{int(data['next', 'truncated'].sum())} cut off{span}."
+        f"Data: {counted(len(dataset), 'transition')}{unknown} in {counted(dataset.episodes, 'episode')}, "
+        f"{terminal} ended by terminals and {int(data['next', 'truncated'].sum())} cut off{span}."
     )
     if (loose := dataset.loose_ends()) > _FEW:
         yield (

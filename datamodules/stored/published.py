@@ -11,6 +11,7 @@ from typing import Any
 from components.buildable import buildable
 from components.checks import Count, checked
 from components.files import check_file
+from components.wording import size
 from datamodules.stored.collect import dataset_folder, making
 from datamodules.stored.own_files import Bounds, own_files, own_metadata, read_own
 from datamodules.stored.readers import exorl_files, read_d4rl, read_exorl, read_mood
@@ -127,12 +128,11 @@ def _kept(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with making(folder):
             if not folder.is_dir():
-                size = sum(stat.st_size for stat in stats)
-                seconds = max(1, round(size / _BYTES_PER_SECOND + len(files) / _FILES_PER_SECOND))
+                total = sum(stat.st_size for stat in stats)
+                seconds = max(1, round(total / _BYTES_PER_SECOND + len(files) / _FILES_PER_SECOND))
                 what = files[0].name if len(files) == 1 else f"{len(files)} files"
                 print(
-                    f"Reading {what} ({size / 1e9:.2g} GB) in {files[0].parent}, to be kept in {folder}; about "
-                    f"{seconds} s.",
+                    f"Reading {what} ({size(total)}) in {files[0].parent}, to be kept in {folder}; about {seconds} s.",
                     flush=True,
                 )
                 read().save(folder)

@@ -70,7 +70,7 @@ def test_every_run_of_a_sweep_has_a_folder_of_its_own(program, one_arm, tmp_path
         assert f"{sweep / str(seed)}\n" in finished.out
     again = program("experiment=fb_overdrive", f"ckpt_path={sweep / '1'}")
     assert (again.code, again.folder) == (0, sweep / "1")
-    assert "Seeds [1]" in again.out
+    assert "Seed 1; mean" in again.out
     assert program("experiment=fb_overdrive", f"output_root={tmp_path}", "ckpt_path=last").folder == sweep / "1"
     refused = program("-m", *one_arm, f"output_root={tmp_path}", "ckpt_path=last", "seed=0,1")
     assert refused.code == 2

@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from launch.files import write_json
-from launch.overrides import WHERE, departures
+from launch.overrides import NEUTRAL, departures
 from launch.report import HOW_LONG, write_evaluation, write_report
 from launch.statistics import bootstrap_interval
 from launch.study import Run
@@ -140,8 +140,10 @@ def test_notes_say_which_settings_they_were_not_written_for(study):
     _, report = study(arm, (*plain, "module.updates=5", "~arms.other", "module/critic=x"), notes=["A note."])
     said = "written for its own settings and not for `module.updates=5`, `~arms.other`, `module/critic=x`:"
     assert f"The experiment's notes, {said}\n\nA note.\n\nA remark.\n" in report
-    assert departures(plain, WHERE) == ["num_seeds=1", "threads=1", "trainer.devices=2"]
-    assert departures(plain, (*WHERE, *HOW_LONG)) == []
+    told = (*plain, "objective=eval/x", "logger=wandb", "trust=mine", "aggregate=null", "trainer.devices=3")
+    assert departures(told, NEUTRAL) == ["num_seeds=1", "threads=1", "trainer.devices=3"]
+    assert departures(told, (*NEUTRAL, *HOW_LONG)) == []
+    assert departures(("module.updates=5", "a=1", "++module.updates=6"), ()) == ["++module.updates=6", "a=1"]
 
 
 def test_what_made_the_numbers_is_said_once_or_for_each_kind_of_run(study, tmp_path):
@@ -149,7 +151,7 @@ def test_what_made_the_numbers_is_said_once_or_for_each_kind_of_run(study, tmp_p
     assert results["provenance"] == [{**MADE, "runs": ["a/seed_0", "b/seed_0"]}]
     assert (
         "Made by tenfold abc, with uncommitted changes; python 3.11, torch 2.15; on 2 cores of Chip, Card, "
-        "8 GB of memory, 1 threads.\n" in report
+        "8 GB of memory, 1 thread.\n" in report
     )
     run = Run("b", 0, tmp_path / "b" / "seed_0")
     other = {**MADE, "code": "def"}

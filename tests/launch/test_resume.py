@@ -68,7 +68,7 @@ def test_the_report_is_that_of_the_uninterrupted_one(interrupted, uninterrupted)
     reports = []
     for folder in (interrupted["folder"], uninterrupted):
         text = (folder / "report.md").read_text().replace(str(folder.parents[1]), "ROOT")
-        reports.append(re.sub(r"[\d, ]+ s \(", " TIME (", text))
+        reports.append(re.sub(r"[\d., ]+ s \(", " TIME (", text))
     assert reports[0] == reports[1]
 
 
