@@ -6,13 +6,10 @@ import json
 import logging.config
 import multiprocessing
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,22 +94,67 @@ def program() -> Iterator[Callable[..., Finished]]:
     sys.argv = argv
 
 
-@pytest.fixture(scope="session")
-def spawn() -> Iterator[Callable[..., subprocess.Popen]]:
-    """Starts train.py in a process of its own."""
-    processes = []
+PROGRAM = """
+import os, runpy, signal, sys
+sys.argv = ["train.py", *arguments]
+os.chdir(root)
+os.environ.update(environment)
+for stream, file in ((1, out), (2, err)):
+    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with Ctrl-C ignored
+runpy.run_path("train.py", run_name="__main__")
+"""
 
-    def start(*arguments: str, **environment: str) -> subprocess.Popen:
-        process = subprocess.Popen(
-            [sys.executable, "train.py", *arguments],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            # Shells start background jobs with Ctrl-C ignored, and children inherit that.
-            preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
-        )
+
+class Started:
+    """train.py in a process of its own, with what tests need of `subprocess.Popen`.
+
+    A process that has imported what the program begins with, and has run nothing, is forked instead of started: the
+    imports are most of what a start takes.
+    """
+
+    def __init__(self, context: Any, arguments: Sequence[str], environment: dict[str, str], files: Path) -> None:
+        self.files = [files / "out", files / "err"]
+        variables = dict(zip(("out", "err"), map(str, self.files)))
+        variables |= {"arguments": arguments, "environment": environment, "root": str(ROOT)}
+        self.process = context.Process(target=exec, args=(PROGRAM, variables))
+        self.process.start()
+        self.pid = self.process.pid
+        self.kill = self.process.kill
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    poll = returncode.fget
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.process.join(timeout)
+        if self.returncode is None:
+            raise TimeoutError(f"the program has not ended after {timeout} s")
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self.wait(timeout)
+        return tuple(path.read_text() for path in self.files)
+
+
+@pytest.fixture(scope="session")
+def spawn(tmp_path_factory) -> Iterator[Callable[..., Started]]:
+    """Starts train.py in a process of its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.launch.imported"])
+    processes = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", str(ROOT))
+        multiprocessing.forkserver.ensure_running()
+
+    def start(*arguments: str, **environment: str) -> Started:
+        process = Started(context, arguments, environment, tmp_path_factory.mktemp("program"))
         processes.append(process)
         return process
 
@@ -127,7 +169,7 @@ def spawn() -> Iterator[Callable[..., subprocess.Popen]]:
 def wait_for_updates() -> Callable[..., None]:
     """Waits until a run has recorded so many updates."""
 
-    def wait(process: subprocess.Popen, root: Path, arm: str, updates: int, seconds: float = 120) -> None:
+    def wait(process: Started, root: Path, arm: str, updates: int, seconds: float = 120) -> None:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             for path in root.glob(f"*/*/{arm}/seed_0/train.csv"):
@@ -143,39 +185,16 @@ def wait_for_updates() -> Callable[..., None]:
     return wait
 
 
-class Fork(multiprocessing.get_context("fork").Process):
-    """A program that begins with all that this process has imported, which is most of what a start takes."""
-
-    def poll(self) -> int | None:
-        return self.exitcode
-
-    def communicate(self) -> tuple[str, str]:
-        return "", "what it said stands above"
-
-
 @pytest.fixture(scope="session")
-def run_and_kill(program, spawn, wait_for_updates) -> Callable[..., Path]:
-    """Runs train.py, kills it when it has recorded so many updates, and returns the folder of its study.
+def run_and_kill(spawn, wait_for_updates) -> Callable[..., Path]:
+    """Runs train.py, kills it when it has recorded so many updates, and returns the folder of its study."""
 
-    In a process that is started, instead of a fork of this one, where `anew`: graphics libraries bear no fork, nor do
-    the threads by which transformers loads a model.
-    """
-
-    def ended(*arguments: str) -> None:
-        finished = program(*arguments)
-        os.write(2, f"{finished.out}{finished.err}".encode())
-
-    def run(*arguments: str, root: Path, arm: str, updates: int, seconds: float = 0.0, anew: bool = False) -> Path:
-        arguments = (*arguments, f"output_root={root}")
-        if anew:
-            process = spawn(*arguments)
-        else:
-            process = Fork(target=ended, args=arguments)
-            process.start()
+    def run(*arguments: str, root: Path, arm: str, updates: int, seconds: float = 0.0) -> Path:
+        process = spawn(*arguments, f"output_root={root}")
         wait_for_updates(process, root, arm, updates)
         time.sleep(seconds)
         process.kill()
-        process.wait() if anew else process.join()
+        process.wait()
         (folder,) = root.glob("*/*")
         return folder
 

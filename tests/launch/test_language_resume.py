@@ -11,6 +11,7 @@ from launch.checkpoints import load_checkpoint
 from launch.recipes import rebuild
 
 DDP = ("trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu")
+SEARCH = 'arms.cem=["module.strategy=search", "module.updates={}", "module.search.population=10"]'
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def uninterrupted(program, small, tmp_path_factory):
 def test_killed_runs_go_on_bit_for_bit(assert_same_runs, program, small, run_and_kill, uninterrupted, tmp_path):
     for attempt, updates in enumerate((7, 23)):
         more = ("ckpt_path=last",) if attempt else ()
-        folder = run_and_kill(*small, *more, root=tmp_path, arm="svf", updates=updates, seconds=0.02, anew=True)
+        folder = run_and_kill(*small, *more, root=tmp_path, arm="svf", updates=updates, seconds=0.02)
     saved = load_checkpoint(folder / "svf" / "seed_0" / "checkpoints" / "last.ckpt")
     assert 20 <= saved["learning_method"]["updates"] < 40
     finished = program("experiment=svf_larger", f"ckpt_path={folder}")
@@ -74,7 +75,7 @@ def test_checkpoints_hold_what_is_trained_alone(uninterrupted):
 
 
 def test_two_processes_learn_and_resume(spawn, small, wait_for_updates, tmp_path):
-    arguments = (*small, *DDP, f"output_root={tmp_path}")
+    arguments = (*small, *DDP, "updates=20", f"output_root={tmp_path}")
     first = spawn(*arguments)
     wait_for_updates(first, tmp_path, "svf", 12)
     first.kill()
@@ -85,20 +86,20 @@ def test_two_processes_learn_and_resume(spawn, small, wait_for_updates, tmp_path
     assert "resuming after" in out
     (folder,) = (tmp_path / "svf_larger").iterdir()
     rows = read_rows(folder / "svf" / "seed_0" / "train.csv")[1]
-    assert [int(row["updates"]) for row in rows] == list(range(1, 41))
+    assert [int(row["updates"]) for row in rows] == list(range(1, 21))
     assert "| | base | svf | shuffled |" in (folder / "report.md").read_text()
 
 
 def test_two_processes_share_the_models_weights(spawn, small, tmp_path):
     sharded = ("trainer=fsdp", *DDP[1:], "adapter.factorised=true", "~arms.shuffled", "updates=20")
-    process = spawn(*small, *sharded, f"output_root={tmp_path}")
+    process = spawn(*small, *sharded, f"output_root={tmp_path / 'one'}")
+    refused = spawn(*small, *sharded, "adapter.factorised=false", f"output_root={tmp_path / 'other'}")
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     folder = Path(out.strip().splitlines()[-1])
     rows = read_rows(folder / "svf" / "seed_0" / "train.csv")[1]
     assert [int(row["updates"]) for row in rows] == list(range(1, 21))
     assert (folder / "svf" / "seed_0" / "expert.safetensors").exists()
-    refused = spawn(*small, *sharded, "adapter.factorised=false", f"output_root={tmp_path}")
     out, err = refused.communicate(timeout=200)
     assert refused.returncode == 1
     assert "adapter.factorised=false: expected true where weights are split over processes" in err
@@ -139,7 +140,7 @@ def adaptation(language_folder, tmp_path_factory) -> tuple[str, ...]:
         f"language_model.path={language_folder}",
         f"data_root={tmp_path_factory.mktemp('data')}",
         "updates=5",
-        'arms.cem=["module.strategy=search", "module.updates=30", "module.search.population=10"]',
+        SEARCH.format(30),
         "checkpoint_every=5",
         "protocol.batch_size=4",
         "protocol.validation_questions=4",
@@ -149,20 +150,25 @@ def adaptation(language_folder, tmp_path_factory) -> tuple[str, ...]:
     )
 
 
-def test_a_killed_search_goes_on_bit_for_bit(assert_same_runs, program, adaptation, run_and_kill, tmp_path):
-    whole = program(*adaptation, f"output_root={tmp_path / 'whole'}")
+@pytest.fixture(scope="module")
+def searched(program, adaptation, tmp_path_factory) -> Path:
+    whole = program(*adaptation, f"output_root={tmp_path_factory.mktemp('searched')}")
     assert whole.code == 0, whole.err
-    assert (whole.folder / "prompt" / "seed_0" / "confusion.png").exists()
-    assert not (whole.folder / "cem" / "seed_0" / "confusion.png").exists()
-    report = (whole.folder / "report.md").read_text()
+    return whole.folder
+
+
+def test_a_killed_search_goes_on_bit_for_bit(assert_same_runs, program, adaptation, searched, run_and_kill, tmp_path):
+    assert (searched / "prompt" / "seed_0" / "confusion.png").exists()
+    assert not (searched / "cem" / "seed_0" / "confusion.png").exists()
+    report = (searched / "report.md").read_text()
     assert "| | expert_larger | expert_lastword | prompt | best_expert | cem |" in report
     assert "| largest3/accuracy |" in report
-    folder = run_and_kill(*adaptation, root=tmp_path / "killed", arm="cem", updates=13, anew=True)
+    folder = run_and_kill(*adaptation, root=tmp_path / "killed", arm="cem", updates=13)
     saved = load_checkpoint(folder / "cem" / "seed_0" / "checkpoints" / "last.ckpt")
     assert 10 <= saved["learning_method"]["updates"] < 30
     finished = program("experiment=transformer_squared", f"ckpt_path={folder}")
     assert finished.code == 0, finished.err
-    assert_same_runs(folder, whole.folder, ["cem", "best_expert"], holds=("chosen",))
+    assert_same_runs(folder, searched, ["cem", "best_expert"], holds=("chosen",))
     elsewhere = folder.rename(tmp_path / "elsewhere")
     checkpoint = elsewhere / "cem" / "seed_0" / "checkpoints" / "last.ckpt"
     data_root = next(each.removeprefix("data_root=") for each in adaptation if each.startswith("data_root="))
@@ -170,27 +176,23 @@ def test_a_killed_search_goes_on_bit_for_bit(assert_same_runs, program, adaptati
     assert torch.equal(module.chosen, load_checkpoint(checkpoint)["state_dict"]["chosen"])
 
 
-def test_two_processes_share_a_population(spawn, adaptation, tmp_path):
-    """They try half of the candidates each."""
-    both = spawn(*adaptation, "~arms.prompt", "~arms.best_expert", *DDP, f"output_root={tmp_path / 'two'}")
-    out, err = both.communicate(timeout=200)
-    assert both.returncode == 0, err
-    study = Path(out.strip().splitlines()[-1])
-    rows = read_rows(study / "cem" / "seed_0" / "train.csv")[1]
-    assert [int(row["updates"]) for row in rows] == list(range(1, 31))
-    assert {"population_accuracy", "best_accuracy"} <= rows[0].keys()
-    # The same experts, the same candidates: one process, or two with half of the model's weights each.
-    searched = []
-    for trainer in ((), ("trainer=fsdp", *DDP[1:])):
-        kept = [each for each in adaptation if each not in ("~arms.expert_addm", "~arms.classifier_expert")]
-        again = ("experts=given", f"experts_folder={study}", *kept, "adapter.factorised=true", *trainer)
-        process = spawn(*again, f"output_root={tmp_path / 'again'}")
+def test_two_processes_share_a_population(program, spawn, adaptation, searched, tmp_path):
+    """They try half of the candidates each, with all of the model's weights or half of them, as one process does."""
+    kept = [each for each in adaptation if each not in ("~arms.expert_addm", "~arms.classifier_expert")]
+    given = ("experts=given", f"experts_folder={searched}", *kept, "~arms.best_expert", SEARCH.format(6))
+    given = (*given, "adapter.factorised=true", f"output_root={tmp_path}")
+    started = [spawn(*given, *trainer, *DDP[1:]) for trainer in (("trainer=ddp",), ("trainer=fsdp",))]
+    alone = program(*given)
+    assert alone.code == 0, alone.err
+    folders = [alone.folder]
+    for process in started:
         out, err = process.communicate(timeout=200)
         assert process.returncode == 0, err
-        results = json.loads((Path(out.strip().splitlines()[-1]) / "results.json").read_text())["arms"]
-        assert list(results) == ["prompt", "best_expert", "cem"]
-        searched.append(read_rows(Path(out.strip().splitlines()[-1]) / "cem" / "seed_0" / "train.csv")[1])
-    for one, another in zip(*searched, strict=True):
-        assert [one[name] for name in ("population_accuracy", "best_accuracy")] == [
-            another[name] for name in ("population_accuracy", "best_accuracy")
-        ]
+        folders.append(Path(out.strip().splitlines()[-1]))
+    found = []
+    for folder in folders:
+        assert list(json.loads((folder / "results.json").read_text())["arms"]) == ["prompt", "cem"]
+        rows = read_rows(folder / "cem" / "seed_0" / "train.csv")[1]
+        assert [int(row["updates"]) for row in rows] == list(range(1, 7))
+        found.append([(row["population_accuracy"], row["best_accuracy"]) for row in rows])
+    assert found[1:] == found[:1] * 2

@@ -75,8 +75,7 @@ def arm(uninterrupted):
 def test_killed_run_goes_on_bit_for_bit(
     assert_same_runs, program, run_and_kill, arguments, uninterrupted, arm, tmp_path
 ):
-    draws = uninterrupted.parent.name == "gpl_drq_cartpole"
-    folder = run_and_kill(*arguments, root=tmp_path, arm=arm, updates=100, anew=draws)
+    folder = run_and_kill(*arguments, root=tmp_path, arm=arm, updates=100)
     saved = load_checkpoint(folder / arm / "seed_0" / "checkpoints" / "last.ckpt")
     assert 64 <= saved["learning_method"]["updates"] < 320
     assert any(tally[2] for tally in saved["learning_method"]["processes"][0]["tallies"])  # between two records
@@ -106,7 +105,7 @@ def test_ten_kills_at_random_instants(assert_same_runs, program, run_and_kill, a
     for number in range(10):
         more = ("ckpt_path=last",) if number else ()
         instant = {"updates": 8 + 14 * number, "seconds": 0.3 * generator.random()}
-        folder = run_and_kill(*arguments, *more, root=tmp_path, arm=arm, anew=True, **instant)
+        folder = run_and_kill(*arguments, *more, root=tmp_path, arm=arm, **instant)
     assert program(arguments[0], f"ckpt_path={folder}").code == 0
     assert_same_runs(folder, uninterrupted, [arm])
 
