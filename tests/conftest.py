@@ -24,6 +24,12 @@ from lightning_modules.forward_backward import ForwardBackward
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests of whole programs, which take longest: the last files of several workers should be short."""
+    items.sort(key=lambda item: item.path.parent != ROOT / "tests" / "launch")
+
+
 @pytest.fixture
 def small_agent() -> Callable[..., ForwardBackward]:
     """Makes a small forward-backward agent; arguments override its settings."""
