@@ -13,7 +13,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from components.checks import Positive, Range, Size, checked
 from components.files import replacing
 from launch.files import write_json
-from launch.provenance import code, provenance
+from launch.provenance import code, package_code, provenance
+from launch.recipes import foreign_packages
 
 
 class Results(L.Callback):
@@ -26,13 +27,18 @@ class Results(L.Callback):
         self.folder = Path(folder)
         code()  # as it is now that the run begins
 
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        for package in foreign_packages(module.recipe):
+            package_code(package)
+
     @rank_zero_only
     def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         if stage != "test" or not module.scores:  # after pictures and films, which others make when the test ends
             return
         results = {"updates": module.updates, "seconds": round(module.elapsed(), 1), "metrics": module.scores}
         gpus = trainer.device_ids if trainer.strategy.root_device.type == "cuda" else []
-        write_json(self.folder / "results.json", {**results, "recipe": module.recipe, "provenance": provenance(gpus)})
+        made_by = provenance(gpus, foreign_packages(module.recipe))
+        write_json(self.folder / "results.json", {**results, "recipe": module.recipe, "provenance": made_by})
 
 
 class RewardCurves(L.Callback):

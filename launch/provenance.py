@@ -3,8 +3,10 @@
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,28 +31,46 @@ PACKAGES = (
 @cache
 def code() -> str:
     """The commit that is checked out, with a + if files have changed since; else a version. Once for the program."""
-    if (ROOT / ".git").exists():  # a package that is installed may lie in somebody else's repository
-        try:
-            head, changed = (
-                subprocess.run(
-                    ["git", "--no-optional-locks", "-C", ROOT, *command], capture_output=True, text=True, check=True
-                ).stdout
-                for command in (("rev-parse", "HEAD"), ("status", "--porcelain"))
-            )
-            return head.strip() + "+" * bool(changed)
-        except (OSError, subprocess.CalledProcessError):
-            pass  # no git, or a repository of another user
-    return _version("tenfold") or "unknown"
+    # A package that is installed may lie in somebody else's repository.
+    commit = _commit(ROOT) if (ROOT / ".git").exists() else None
+    return commit or _version("tenfold") or "unknown"
 
 
-def provenance(gpus: list[int] | None = None) -> dict[str, Any]:
+@cache
+def package_code(name: str) -> str:
+    """The same of a person's own package or module: the commit of the repository that has it, else its version."""
+    spec = find_spec(name)
+    places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or ())]
+    found = [Path(place).resolve() for place in places if place is not None and Path(place).exists()]
+    commit = _commit(found[0].parent, found[0]) if found else None
+    return commit or _version(name) or next(map(version, packages_distributions().get(name, ())), "unknown")
+
+
+def _commit(folder: Path, file: Path | None = None) -> str | None:
+    """What is checked out in the repository that a folder lies in; None without one, or if a file is no part of it."""
+    commands = [["rev-parse", "HEAD"], ["status", "--porcelain"]]
+    commands += [] if file is None else [["ls-files", "--error-unmatch", str(file)]]
+    try:
+        head, changed, *_ = (
+            subprocess.run(
+                ["git", "--no-optional-locks", "-C", folder, *command], capture_output=True, text=True, check=True
+            ).stdout
+            for command in commands
+        )
+    except (OSError, subprocess.CalledProcessError):  # no git, or a repository of another user
+        return None
+    return head.strip() + "+" * bool(changed)
+
+
+def provenance(gpus: list[int] | None = None, packages: Iterable[str] = ()) -> dict[str, Any]:
     """All of it, as it goes into results.json.
 
     Args:
         gpus: indices of those that were computed on.
+        packages: a person's own that the run is made of.
     """
     versions: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
-    versions |= {name: _version(name) for name in PACKAGES}
+    versions |= {name: _version(name) for name in PACKAGES} | {name: package_code(name) for name in sorted(packages)}
     return {
         "code": code(),
         "versions": {name: found for name, found in versions.items() if found is not None},

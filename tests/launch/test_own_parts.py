@@ -1,5 +1,6 @@
 """Parts of one's own as the documentation shows them."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -41,5 +42,7 @@ def test_an_encoder_with_a_loss_of_its_own_learns(program, documented, monkeypat
     monkeypatch.syspath_prepend(folder)
     finished = program(*arguments, *SMALL, f"output_root={tmp_path}")
     assert finished.code == 0, finished.err
+    results = json.loads((finished.folder / "alix_cartpole" / "seed_0" / "results.json").read_text())
+    assert results["provenance"]["versions"]["my_encoders"] == "unknown"  # a file in no repository
     _, rows = read_rows(finished.folder / "alix_cartpole" / "seed_0" / "train.csv")
     assert float(rows[-1]["encoder_loss"]) < 0.7 * float(rows[0]["encoder_loss"])

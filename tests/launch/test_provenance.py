@@ -57,6 +57,22 @@ def test_without_git_the_version_has_to_do(code, tmp_path, monkeypatch):
     assert re.fullmatch(r"\d+\.\d+\.\d+|unknown", code())
 
 
+def test_a_package_of_ones_own_says_its_commit_or_its_version(tmp_path, monkeypatch):
+    provenance.package_code.cache_clear()
+    monkeypatch.syspath_prepend(tmp_path)
+    git(tmp_path, "init")
+    for name in ("mine_committed", "mine_loose"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    git(tmp_path, "add", "mine_committed")
+    git(tmp_path, "commit", "-m", "First.")
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    made = provenance.provenance(packages=("mine_committed", "mine_loose", "pytest", "nowhere_to_be_found"))
+    assert made["versions"]["mine_committed"] == f"{commit}+"  # the other is not committed
+    assert made["versions"]["mine_loose"] == made["versions"]["nowhere_to_be_found"] == "unknown"
+    assert made["versions"]["pytest"] == pytest.__version__
+
+
 def test_versions_and_hardware_are_told_and_nobody_is_named():
     made = provenance.provenance()
     assert made["versions"]["torch"] == torch.__version__
