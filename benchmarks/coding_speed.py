@@ -7,13 +7,17 @@ weights, which take as long as trained ones:
 """
 
 import argparse
+import itertools
 import os
+import statistics
 import time
 from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
+from benchmarks.vector_coder import VectorCoder
 from components.coding.bits_back import BitsBackCoder
 from components.coding.code_models import CategoricalVAE
 from components.coding.vqvae import HierarchicalVQVAE
@@ -63,6 +67,60 @@ def report_coding(name: str, images: int) -> None:
         print(line.rstrip(";"), flush=True)
 
 
+class BinaryVAE(nn.Module):
+    """Of binary images of 28x28, the model that bits back is compared by since BB-ANS."""
+
+    symbols, latents = 784, (40,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 80))
+        self.decoder = nn.Sequential(nn.Linear(40, 100), nn.ReLU(), nn.Linear(100, 784))
+
+    def infer(self, layer: int, below: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, log_variance = self.encoder(below.double()).chunk(2, -1)
+        return mean, (0.5 * log_variance).exp()
+
+    def logits(self, above: torch.Tensor) -> torch.Tensor:
+        on = self.decoder(above)
+        return torch.stack([torch.zeros_like(on), on], -1)
+
+
+def report_beside_a_vector(images: int, rounds: int = 9) -> None:
+    """One stack for all images beside a coder for each pixel of a batch of 100: medians of rounds of both."""
+    torch.manual_seed(0)
+    model = BinaryVAE().double().eval().requires_grad_(False)
+    x = (torch.rand(images - images % 100, 784) < 0.2).long()
+    stack, vector = BitsBackCoder(model, 100), VectorCoder(model, 100)
+    seconds: list[list[float]] = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for _ in range(rounds):
+        began = [time.perf_counter()]
+        coded = stack.encode(x)
+        began.append(time.perf_counter())
+        decoded = [stack.decode(coded.words, len(x))]
+        began.append(time.perf_counter())
+        vectors = vector.encode(x)
+        began.append(time.perf_counter())
+        bits = vectors.bits
+        decoded.append(vector.decode(vectors, len(x)))
+        began.append(time.perf_counter())
+        assert all(torch.equal(each, x) for each in decoded)
+        seconds.append([after - before for before, after in itertools.pairwise(began)])
+    torch.set_num_threads(threads)
+    encode, decode, other_encode, other_decode = (1e6 * statistics.median(each) / len(x) for each in zip(*seconds))
+    ratios = [statistics.median(each[2 + part] / each[part] for each in seconds) for part in (0, 1)]
+    sizes = [32 * len(coded.words) / len(x), bits / len(x)]
+    for name, times, size in zip(("one stack", "as vectors"), ((encode, decode), (other_encode, other_decode)), sizes):
+        print(
+            f"  binary 28x28, blocks of 100, {name}: encode {times[0]:.0f} us an image, decode {times[1]:.0f} us, "
+            f"{size:.0f} bits stored for each",
+            flush=True,
+        )
+    print(f"  the vectors' time over the stack's: encode {ratios[0]:.2f}, decode {ratios[1]:.2f}", flush=True)
+
+
 def report_training(name: str, batch: int, seconds: float) -> None:
     shape, sizes, _ = SIZES[name]
     autoencoder = HierarchicalVQVAE(shape, **sizes)
@@ -91,6 +149,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="of training for each size (default 10)")
     arguments = parser.parse_args()
     print(f"discrete representation replay on {len(os.sched_getaffinity(0))} cores; coding runs on one thread")
+    report_beside_a_vector(arguments.images)
     for report in (
         partial(report_coding, images=arguments.images),
         partial(report_training, batch=64, seconds=arguments.seconds),
