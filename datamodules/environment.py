@@ -61,8 +61,11 @@ class EnvironmentDataModule(L.LightningDataModule):
             assert not protocols
             return
         env = self._reference_env = environment(num_envs=1, seed=self.evaluation_seed)
-        for protocol in self.protocols.values():  # a typing error shows before anything is collected or trained
-            env.check_tasks(list(named_rewards(protocol).values()))
+        for name, protocol in self.protocols.items():  # a typing error shows before anything is collected or trained
+            try:
+                env.check_tasks(list(named_rewards(protocol).values()))
+            except ValueError as error:
+                raise ValueError(f"datamodule.protocols.{name}.rewards: {error}") from error
 
     @property
     def spec(self) -> dict[str, Any]:

@@ -159,8 +159,8 @@ def _check_memory(needed: int) -> None:
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         raise ValueError(
-            f"replay_capacity, with room for the steps of checkpoint_every: expected at most the {size(there)} "
-            f"of memory, found {size(needed)}; replay_storage=memmap keeps them on the disk."
+            "datamodule.replay_capacity, with room for the steps of checkpoint_every: expected at most the "
+            f"{size(there)} of memory, found {size(needed)}; datamodule.replay_storage=memmap keeps them on the disk."
         )
 
 
@@ -203,7 +203,7 @@ class ReplayBuffer:
             raise ValueError(f"Unknown storage={storage!r}: expected one of {', '.join(STORAGES)}.")
         self.num_envs = n = example.batch_size[0]
         if capacity < n:
-            raise ValueError(f"capacity={capacity}: expected at least one transition for each of {n} rows.")
+            raise ValueError(f"datamodule.replay_capacity={capacity}: expected at least {n}, one for each environment.")
         self.capacity_steps = capacity // n
         in_memory = storage == "memory"
         self.device = torch.device(device if in_memory else "cpu")

@@ -147,7 +147,9 @@ def _report(error: BaseException) -> tuple[int, str] | None:
             error.__cause__, TypeError | MisconfigurationException
         ):  # an argument, or its value, does not fit
             code = 2 if isinstance(error.__cause__, TypeError) else 1
-            return code, f"{found.group(1) if found else 'The configuration'}: {_one_line(error.__cause__)}."
+            argument = re.search(r"unexpected keyword argument '(\w+)'", str(error.__cause__))
+            where = f"{found[1] if found else 'The configuration'}{f'.{argument[1]}' if argument else ''}"
+            return code, f"{where}: {_one_line(error.__cause__)}."
         return None
     if isinstance(error, OmegaConfBaseException) and RESOLVING.match(str(error)):
         raised: BaseException | None = error

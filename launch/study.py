@@ -49,7 +49,7 @@ from launch.runs import (
     write_overrides,
 )
 from launch.stops import leave_signals, stopping_at_once
-from launch.values import check_types, check_values, one_of, set_by
+from launch.values import check_types, check_values, one_of, set_by, whole_keys
 
 TOP_LEVEL = {
     "name": str,
@@ -159,7 +159,8 @@ def _run_study(folder: Path, overrides: list[str], typed: Sequence[str]) -> floa
     announce(config, overrides, runs, pending)
     try:
         for run in pending:
-            *parts, saved = build(run, configs[run], checkpoints[run])
+            with whole_keys(configs[run]):
+                *parts, saved = build(run, configs[run], checkpoints[run])
             processes = parts[0].num_devices * parts[0].num_nodes
             if processes > 1 and _searches():  # each would make the whole search, with values that it draws itself
                 raise ValueError(f"trainer.devices: expected one process in a search, found {processes}.")
@@ -173,7 +174,8 @@ def _run_study(folder: Path, overrides: list[str], typed: Sequence[str]) -> floa
             _remember(folder, overrides, run, saved, parts[1].recipe)  # now that they are known to make sense
             if run is pending[0]:
                 _say(f"Writing to {folder}")
-            train(*parts, folder)
+            with whole_keys(configs[run]):
+                train(*parts, folder)
             del parts  # or its data would stay in memory while the next are built
             if _searches():  # not only when the other seeds are trained
                 done = {each.arm: read_results(each.results)["metrics"] for each in runs if each.results.exists()}
@@ -398,7 +400,7 @@ def _check_updates(run: Run, config: DictConfig, done: int) -> None:
     """Raise a ValueError if a run has made more updates than are asked for: no report could say so of it."""
     asked = config.module.updates
     if done > asked:
-        key = set_by(config.module, "updates", "module.updates")
+        key = set_by(config, "module.updates")
         raise ValueError(
             f"{key}={asked}: expected at least {done}, which {run.arm}, seed {run.seed} has made; start anew without "
             "ckpt_path."
@@ -418,12 +420,12 @@ def _check_finished(runs: list[Run], pending: list[Run], configs: Mapping[Run, D
         saved = results["recipe"] or {}
         now = OmegaConf.to_container(configs[run], resolve=True)
         before, asked = (dict(leaves({part: each.get(part) for part in made_with})) for each in (saved, now))
-        for key in before.keys() & asked.keys() - {"module.updates"}:
+        for key in [key for key in asked if key in before and key != "module.updates"]:
             moved = str(run.folder.parents[1]) in str(asked[key])  # a path in the study's own folder
             if before[key] != asked[key] and not moved:
                 raise ValueError(
-                    f"{run.arm}, seed {run.seed} is finished: expected {key}={before[key]}, with which it was run, "
-                    f"found {asked[key]}; {advice}."
+                    f"{run.arm}, seed {run.seed} is finished: expected {set_by(configs[run], key)}={before[key]}, with "
+                    f"which it was run, found {asked[key]}; {advice}."
                 )
         for other, folder in exceeded.items():
             if any(folder in str(value) for value in asked.values()):

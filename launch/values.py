@@ -5,10 +5,13 @@ import inspect
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any, Union, get_args, get_origin
 
+from hydra.errors import InstantiationException
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from components.checks import Count, CountOrZero, Momentum, NonNegative, Range, check_range
 
@@ -49,7 +52,7 @@ def check_values(config: DictConfig, key: str = "") -> None:
         if taken is not None and name not in taken and not str(name).startswith("_"):
             known = one_of(taken, name) if taken else "nothing"
             raise ValueError(f"{path}: expected what {target.split('.')[-1]} takes ({known}), found {name}.")
-        path = set_by(config, name, path)
+        path = _set_by(config, name, path)
         if isinstance(value, DictConfig):
             check_values(value, path)
         if name in parameters and not (isinstance(value, DictConfig) and "_target_" in value):
@@ -66,8 +69,61 @@ def check_types(config: DictConfig, annotations: Mapping[str, Any]) -> None:
         _check_value(name, config.get(name), annotation)
 
 
-def set_by(config: DictConfig, name: str, path: str) -> str:
-    """The key that a value is set by: another one where it is nothing but a reference to that."""
+@contextmanager
+def whole_keys(config: DictConfig) -> Iterator[None]:
+    """Let errors of what a configuration builds name the keys that set what they name by NAME=VALUE.
+
+    What refuses an argument knows its name, and not where in a configuration it stands.
+    """
+    try:
+        yield
+    except (ValueError, InstantiationException) as error:
+        raised = error.__cause__ if isinstance(error, InstantiationException) else error
+        if type(raised) is not ValueError:
+            raise
+        near = re.search(r"full_key: (\S+)", str(error)) if raised is not error else None
+        raise ValueError(_with_whole_keys(str(raised), config, near[1] if near else "")) from raised
+
+
+def _with_whole_keys(text: str, config: DictConfig, near: str) -> str:
+    """The text with the keys of what it names; where several have the name and value, that of the part `near`."""
+    values = dict(_values(config))
+
+    def whole(named: re.Match[str]) -> str:
+        name, rest = named.groups()
+        keys = [key for key, read in values.items() if key.split(".")[-1] == name and re.match(read, rest)]
+        if f"{near}.{name}" in keys:
+            keys = [f"{near}.{name}"]
+        setting = {set_by(config, key) for key in keys}
+        return f"{setting.pop() if len(setting) == 1 else name}="
+
+    return re.sub(r"(?<![\w.\]/-])(\w+)=(?=(.*))", whole, text)
+
+
+def _values(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every key, and a pattern of what its value may read like."""
+    for name in config:
+        key = f"{prefix}{name}"
+        try:
+            value = config[name]
+        except OmegaConfBaseException:  # there is none
+            continue
+        texts = ("null", "None") if value is None else (str(value), repr(value))
+        yield key, rf"({'|'.join(map(re.escape, texts))})(?!\w|\.\d)"
+        if isinstance(value, DictConfig) and not OmegaConf.is_interpolation(config, name):
+            yield from _values(value, f"{key}.")
+
+
+def set_by(config: DictConfig, key: str) -> str:
+    """The key that the value of a key is set by: another one where it is nothing but a reference to that."""
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(config, parent) if parent else config
+    found = _set_by(node, name, key) if isinstance(node, DictConfig) and name in node else key
+    return found if found == key else set_by(config, found)
+
+
+def _set_by(config: DictConfig, name: str, path: str) -> str:
+    """The same for a name in a part of a configuration, of which `path` is the key."""
     if not OmegaConf.is_interpolation(config, name):
         return path
     reference = re.fullmatch(r"\$\{(\w[\w.]*)\}", OmegaConf.to_container(config, resolve=False)[name])

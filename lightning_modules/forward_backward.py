@@ -199,7 +199,10 @@ class ForwardBackward(LearningMethod):
         if self.groups is None:
             return self.latent_sampler(self.backward_map, goals, rows)
         if rows % self.groups:
-            raise ValueError(f"groups={self.groups} does not divide the batch of {rows} transitions.")
+            raise ValueError(
+                f"module.groups={self.groups}: expected a divisor of the {rows} transitions that a process has of "
+                "datamodule.batch_size."
+            )
         z = self.latent_sampler(self.backward_map, goals, self.groups)
         return z.repeat_interleave(rows // self.groups, 0)
 

@@ -61,7 +61,7 @@ class BatchedMujocoEnv(MeasuredEnv):
         seed: Seed = 0,
     ) -> None:
         if domain not in DOMAINS:
-            raise ValueError(f"Unknown domain {domain!r}: expected one of {', '.join(DOMAINS)}.")
+            raise ValueError(f"domain={domain}: expected one of {', '.join(DOMAINS)}.")
         super().__init__(num_envs, seed)
         self.domain = DOMAINS[domain]
         self.episode_length = episode_length or self.domain.episode_length
@@ -76,7 +76,10 @@ class BatchedMujocoEnv(MeasuredEnv):
         widths = {name: value.shape[1] if value.ndim == 2 else 0 for name, value in self._measure(example).items()}
         self.declare_measurements(widths, TASKS[domain], domain)
         self.task = task or next(iter(TASKS[domain]))
-        self._expression(self.task)  # a typing error shows before anything is simulated
+        try:  # a typing error shows before anything is simulated
+            self._expression(self.task)
+        except ValueError as error:
+            raise ValueError(f"task={self.task}: {error}") from error
 
         self.declare_specs(self._observe(example).shape[1:], self.physics_size, model.nu)
         if action_repeat > 1:

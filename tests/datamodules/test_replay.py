@@ -237,10 +237,10 @@ def test_only_the_files_of_replay_buffers_are_deleted(tmp_path):
 def test_settings_that_make_no_sense_are_named(tmp_path):
     with pytest.raises(ValueError, match="Unknown storage='disk': expected one of memory, memmap"):
         ReplayBuffer(EXAMPLE, 30, 4, tmp_path, storage="disk")
-    with pytest.raises(ValueError, match="capacity=2: expected at least one transition for each of 3"):
+    with pytest.raises(ValueError, match=r"datamodule.replay_capacity=2: expected at least 3, one for each"):
         ReplayBuffer(EXAMPLE, 2, 4, tmp_path)
     with pytest.raises(
-        ValueError, match=r"^replay_capacity.*: expected at most the [\d.]+ GB of memory, found [\d.]+ TB"
+        ValueError, match=r"^datamodule.replay_capacity.*: expected at most the [\d.]+ GB of memory, found [\d.]+ TB"
     ):
         ReplayBuffer(EXAMPLE, 2**40, 4, tmp_path)
     buffer = ReplayBuffer(EXAMPLE, 30, 4, tmp_path)

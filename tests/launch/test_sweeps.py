@@ -105,7 +105,7 @@ def test_what_will_be_measured_is_known_before_training(experiment, objective, e
 def test_a_run_that_fails_does_not_end_a_sweep(program, one_arm, tmp_path):
     finished = program("-m", *one_arm, f"output_root={tmp_path}", "module.updates=7,5")
     assert finished.code == 1
-    assert finished.err.splitlines()[-1].startswith("updates=7 is no multiple of updates_per_step=5.")
+    assert finished.err.splitlines()[-1].startswith("module.updates=7 is no multiple of datamodule.updates_per_step=5.")
     (sweep,) = (tmp_path / "sweep").iterdir()
     assert not (sweep / "0").exists()
     assert (sweep / "1" / "report.md").exists()

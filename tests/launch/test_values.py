@@ -1,13 +1,16 @@
 """Configuration values against what they are given to."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
+from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 
 from components.checks import Count, Positive, Share, Size, checked
-from launch.values import check_values
+from launch.errors import CommandLineError
+from launch.values import check_values, whole_keys
 
 if TYPE_CHECKING:
     from nowhere import Unknown
@@ -106,3 +109,48 @@ def test_numbers_out_of_their_range_are_named_by_the_key_that_sets_them(target, 
 def test_what_is_built_for_a_number_is_no_number_yet():
     scale = {"_target_": "components.control.weighting.sqrt_scaled", "beta": 1.0, "features": 4}
     check_values(OmegaConf.create({"part": {"_target_": f"{__name__}.Ranged", "scale": scale}}))
+
+
+NAMES = """
+step: 5
+shared: 0.5
+module:
+  updates: 122
+  updates_per_step: ${data.updates_per_step}
+  rate: ${data.rate}
+  actor: {size: 8, kind: left}
+  critic: {size: 8, blocks: 3, none: null}
+data:
+  updates_per_step: ${step}
+  rate: ${shared}
+  classes: [1, 2]
+  missing: ???
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "near", "expected"),
+    [
+        ("updates=122 is no multiple of updates_per_step=5.", "module", "module.updates=122 is no multiple of step=5."),
+        ("Unknown kind='left': expected right", "module", "Unknown module.actor.kind='left': expected right"),
+        ("rate=0.5, blocks=3", "", "shared=0.5, module.critic.blocks=3"),
+        ("size=8: expected 7", "module.critic", "module.critic.size=8: expected 7"),
+        ("size=8: expected 7", "module", "size=8: expected 7"),  # of which of the two nobody knows
+        ("updates=12: expected 7", "module", "updates=12: expected 7"),  # another number
+        ("updates=122.5: expected 7", "module", "updates=122.5: expected 7"),
+        ("none=null and classes=[1, 2]", "", "module.critic.none=null and data.classes=[1, 2]"),
+        ("critic.blocks=3, a/step=5, other=1", "", "critic.blocks=3, a/step=5, other=1"),
+    ],
+)
+def test_what_is_refused_is_named_by_the_keys_that_set_it(text, near, expected):
+    config = OmegaConf.create(NAMES)
+    cause = ValueError(text)
+    error = InstantiationException(f"Error in call to target\nfull_key: {near}") if near else cause
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"), whole_keys(config):
+        raise error from (cause if near else None)
+
+
+def test_other_errors_are_left_as_they_are():
+    for error in (RuntimeError("updates=122"), FileNotFoundError("updates=122"), CommandLineError("updates=122")):
+        with pytest.raises(type(error), match=r"^updates=122$"), whole_keys(OmegaConf.create(NAMES)):
+            raise error

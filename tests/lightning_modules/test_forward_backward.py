@@ -123,7 +123,7 @@ def test_one_group_equals_the_ordinary_loss_with_one_shared_z(small_agent, trans
 
 
 def test_groups_must_divide_the_batch(small_agent, transitions):
-    with pytest.raises(ValueError, match="groups=5 does not divide the batch of 32"):
+    with pytest.raises(ValueError, match=r"module.groups=5: expected a divisor of the 32 transitions"):
         small_agent(blocks=2, groups=5).update(transitions())
 
 

@@ -271,8 +271,8 @@ def test_states_beyond_the_simulators_limits_are_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"domain": "horse"}, "Unknown domain 'horse': expected one of humanoid, walker"),
-        ({"task": "fly"}, "Unknown task 'fly' of humanoid: expected one of stand, walk, run"),
+        ({"domain": "horse"}, "^domain=horse: expected one of humanoid, walker"),
+        ({"task": "fly"}, "^task=fly: Unknown task 'fly' of humanoid: expected one of stand, walk, run"),
         ({"task": "head_heigth > 1"}, "unknown name 'head_heigth'"),
         ({"task": "control"}, "vector per row"),
     ],
