@@ -57,6 +57,7 @@ Number = Annotated[float, Range()]
 NonNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(above=0)]
 Share = Annotated[float, Range(0, 1)]
+LearningRate = Annotated[float, Range(0, 100)]  # some tens in published recipes of SGD, far below 1 in all others
 Momentum = Annotated[float, Range(0, below=1)]  # what an average keeps of itself
 
 

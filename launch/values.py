@@ -13,12 +13,12 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from components.checks import Count, CountOrZero, Momentum, NonNegative, Range, check_range
+from components.checks import Count, CountOrZero, LearningRate, Momentum, NonNegative, Range, check_range
 
 # Of classes that are not the project's, and check their numbers late, without a name, or not at all.
 RANGES = {
     "torch.optim.": {
-        "lr": NonNegative,
+        "lr": LearningRate,
         "betas": tuple[Momentum, Momentum],
         "momentum": Momentum,
         "weight_decay": NonNegative,
@@ -57,6 +57,23 @@ def check_values(config: DictConfig, key: str = "") -> None:
             check_values(value, path)
         if name in parameters and not (isinstance(value, DictConfig) and "_target_" in value):
             _check_value(path, value, parameters[name])
+    environment, protocols = config.get("environment"), config.get("protocols")
+    if isinstance(environment, DictConfig) and isinstance(protocols, DictConfig):
+        for name, protocol in protocols.items():
+            _check_protocol(protocol, f"{key}.protocols.{name}", environment.get("_target_"))
+
+
+def _check_protocol(protocol: Any, key: str, environment: str | None) -> None:
+    """The same for a protocol of evaluation: what it has beside rewards are arguments of the environment.
+
+    Raises:
+        ValueError: it has no rewards.
+    """
+    if not isinstance(protocol, DictConfig) or "rewards" not in protocol:
+        raise ValueError(f"{key}: expected rewards, a list or expressions by their names, found {protocol}.")
+    arguments = OmegaConf.to_container(protocol, resolve=True)
+    arguments.pop("rewards")
+    check_values(OmegaConf.create({"_target_": environment, **arguments}), key)
 
 
 def check_types(config: DictConfig, annotations: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
-from components.checks import Count, CountOrZero, Momentum, NonNegative, Positive, Share, Size, checked
+from components.checks import Count, CountOrZero, LearningRate, Momentum, NonNegative, Positive, Share, Size, checked
 from components.control.actors import Actor, ActorPolicy, EntropyTemperature
 from components.control.critics import Critics, critic_loss
 from components.control.pessimism import Pessimism
@@ -75,12 +75,12 @@ class ActorCritic(LearningMethod):
         members: Size = 2,
         quantiles: Size = 1,
         discount: Share = 0.99,
-        critic_learning_rate: NonNegative = 3e-4,
-        encoder_learning_rate: NonNegative = 3e-4,
-        actor_learning_rate: NonNegative = 3e-4,
-        temperature_learning_rate: NonNegative = 3e-4,
+        critic_learning_rate: LearningRate = 3e-4,
+        encoder_learning_rate: LearningRate = 3e-4,
+        actor_learning_rate: LearningRate = 3e-4,
+        temperature_learning_rate: LearningRate = 3e-4,
         temperature_momentum: Momentum = 0.9,
-        pessimism_learning_rate: NonNegative = 1e-4,
+        pessimism_learning_rate: LearningRate = 1e-4,
         critic_loss_weight: NonNegative = 1.0,
         target_rate: Share = 0.005,
         actor_every: Count = 1,

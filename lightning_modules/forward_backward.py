@@ -14,7 +14,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
-from components.checks import Count, NonNegative, Number, Positive, Share, Size, checked, vector_size
+from components.checks import Count, LearningRate, NonNegative, Number, Positive, Share, Size, checked, vector_size
 from components.control.actor_objectives import Objective
 from components.control.forward_backward import (
     BackwardMap,
@@ -80,9 +80,9 @@ class ForwardBackward(LearningMethod):
         actor_objective: Objective,
         features: Size = 64,
         discount: Share = 0.98,
-        learning_rate: NonNegative = 1e-4,
-        backward_learning_rate: NonNegative = 1e-4,
-        actor_learning_rate: NonNegative = 1e-4,
+        learning_rate: LearningRate = 1e-4,
+        backward_learning_rate: LearningRate = 1e-4,
+        actor_learning_rate: LearningRate = 1e-4,
         target_rate: Share = 0.01,
         orthonormality: NonNegative = 1.0,
         orthonormality_convention: str = "half",

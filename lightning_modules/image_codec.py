@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from components.checks import Count, NonNegative, Positive, Share, Size, checked
+from components.checks import Count, LearningRate, NonNegative, Positive, Share, Size, checked
 from components.coding.code_models import place_frequencies
 from components.coding.image_codec import ImageCodec
 from components.coding.vector_quantizer import perplexity
@@ -48,8 +48,8 @@ class ImageCodecTraining(LearningMethod):
         codec: Callable[..., ImageCodec],
         autoencoder_updates: Count,
         commitment: NonNegative = 0.25,
-        autoencoder_learning_rate: NonNegative = 1e-3,
-        code_model_learning_rate: NonNegative = 2e-3,
+        autoencoder_learning_rate: LearningRate = 1e-3,
+        code_model_learning_rate: LearningRate = 2e-3,
         latent_warmup: Share = 0.3,
         max_norm: Positive = 1.0,
         augmentation: nn.Module | None = None,

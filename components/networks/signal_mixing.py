@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from components.checks import Momentum, NonNegative, Share, Size, checked
+from components.checks import LearningRate, Momentum, NonNegative, Share, Size, checked
 from components.distributed import average_
 
 Score = Callable[[Tensor], Tensor]
@@ -147,7 +147,7 @@ class DualStrength(nn.Module):
         self,
         initial: Share = 0.5,
         target: NonNegative = 0.535,
-        learning_rate: NonNegative = 2e-3,
+        learning_rate: LearningRate = 2e-3,
         momentum: Momentum = 0.5,
         score: Score = discontinuity_score,
     ) -> None:
@@ -208,7 +208,7 @@ class SignalMixing(nn.Module):
         shared_across_batch: bool = True,
         initial: Share = 0.5,
         target: NonNegative = 0.535,
-        learning_rate: NonNegative = 2e-3,
+        learning_rate: LearningRate = 2e-3,
         momentum: Momentum = 0.5,
     ) -> None:
         super().__init__()
