@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+OUT_OF_MEMORY = re.compile(r"(tried|unable) to allocate [\d.]+ \w+", re.IGNORECASE)
+"""What errors of torch and NumPy say where memory is not enough; those of torch are of no type of their own."""
+
 
 def check_file(path: Path, expected: str, key: str | None = None) -> None:
     """Raise a FileNotFoundError unless there is an ordinary file: not a folder, or a pipe, which would be waited for.
@@ -126,9 +129,11 @@ def naming(path: str | Path) -> Iterator[None]:
 
 def is_damage(error: Exception) -> bool:
     """Whether what a library raised over a file tells of the file, and not of memory or of what the system refused."""
+    if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
+        return False
     system = _system_error(error)
     # Where a damaged file has a library look for a place before its beginning, the system calls that invalid.
-    return not isinstance(error, MemoryError) and (system is None or system.errno in (0, errno.EINVAL))
+    return system is None or system.errno in (0, errno.EINVAL)
 
 
 def _system_error(error: Exception) -> OSError | None:

@@ -26,6 +26,7 @@ from hydra.errors import (
 from hydra.types import RunMode
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
+from components.files import OUT_OF_MEMORY
 from launch.experiments import arms_with, experiment_names, known_keys
 from launch.overrides import SEARCH_PATH, given_value, override_key, quoted
 from launch.values import missing_package, one_of
@@ -37,7 +38,6 @@ END = 400  # ... of what it ends with, if something between is left out
 TECHNICAL = re.compile(r"(object|reference)_type=|full_key")
 KEY = re.compile(r"full_key: (\S+)")
 RESOLVING = re.compile(r"\w+ raised while resolving interpolation: ")
-OUT_OF_MEMORY = re.compile(r"(tried|unable) to allocate [\d.]+ \w+", re.IGNORECASE)
 
 
 class Stopped(BaseException):
@@ -192,8 +192,10 @@ def _report(error: BaseException) -> tuple[int, str] | None:
         return 1, f"{_one_line(error)}."
     if isinstance(error, ModuleNotFoundError):
         return 1, f"{_one_line(error)}: {missing_package(error)}."
-    if isinstance(error, MemoryError | RuntimeError) and (asked := OUT_OF_MEMORY.search(str(error))):
-        return 1, f"Out of memory ({asked[0]}): smaller networks, batches or numbers of environments take less."
+    asked = OUT_OF_MEMORY.search(str(error))
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and asked):
+        how_much = f" ({asked[0]})" if asked else ""
+        return 1, f"Out of memory{how_much}: smaller networks, batches or numbers of environments take less."
     if isinstance(error, OSError) and error.errno is not None:
         where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
         return 1, f"{where}expected to read or write it, found: {error.strerror}."

@@ -132,6 +132,13 @@ def test_flipped_bits_do_not_load(tmp_path):
     assert torch.equal(load_checkpoint(path)["state_dict"]["weight"], GOOD["state_dict"]["weight"])
 
 
+def test_memory_that_is_not_there_is_no_damage(tmp_path, monkeypatch):
+    AtomicCheckpointIO().save_checkpoint(GOOD, tmp_path / "last.ckpt")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: torch.empty(2**57))
+    with pytest.raises(RuntimeError, match="tried to allocate"):
+        load_checkpoint(tmp_path / "last.ckpt")
+
+
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink(path, path)])
 def test_what_is_no_file_is_named(tmp_path, make):
     make(tmp_path / "last.ckpt")

@@ -287,6 +287,13 @@ def test_memory_that_is_not_there_is_one_sentence(allocate):
     )
 
 
+def test_memory_that_python_itself_is_refused_is_one_sentence():
+    assert _report(MemoryError()) == (
+        1,
+        "Out of memory: smaller networks, batches or numbers of environments take less.",
+    )
+
+
 def test_two_programs_are_not_at_one_run(program, half):
     with locked(half):
         assert_refused(program, half, [], f"{half}: expected a run that no program is at work on, found one")
