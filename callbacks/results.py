@@ -1,7 +1,6 @@
 """What an evaluated run leaves behind: its scores, and films of it."""
 
 import errno
-import math
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +11,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from components.checks import Positive, Range, Size, checked
 from components.files import replacing
+from components.wording import counted
 from launch.files import write_json
+from launch.plots import COLOURS, STYLE, grid, heading
 from launch.provenance import code, package_code, provenance
 from launch.recipes import foreign_packages
 
@@ -58,24 +59,29 @@ class RewardCurves(L.Callback):
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not self._curves:
             return
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
 
-        columns = min(4, len(self._curves))
-        rows = math.ceil(len(self._curves) / columns)
-        figure = Figure(figsize=(3.2 * columns, 2.4 * rows), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False).flatten()
-        for axis, (name, reward) in zip(axes, self._curves.items()):
-            steps = range(1, reward.shape[1] + 1)
-            axis.fill_between(steps, reward.min(0).values, reward.max(0).values, alpha=0.25, linewidth=0)
-            axis.plot(steps, reward.mean(0))
-            axis.set_title(f"{name}: {reward.sum(-1).mean():.0f}", fontsize=9)
-            axis.set_xlabel("step", fontsize=7)
-            axis.tick_params(labelsize=7)
-            axis.grid(alpha=0.3)
-        for axis in axes[len(self._curves) :]:
-            axis.set_axis_off()
-        with replacing(self.folder / "rewards.png") as temporary:
-            figure.savefig(temporary, dpi=110)
+        rows, columns = grid(len(self._curves), 4)
+        with rc_context(STYLE):
+            figure = Figure(figsize=(3.2 * columns, 2.2 * rows + 0.4), layout="constrained")
+            panels = figure.subplots(rows, columns, squeeze=False, sharey=True)  # or what is nearly nothing fills one
+            for axis, (name, reward) in zip(panels.flat, self._curves.items()):
+                steps = range(1, reward.shape[1] + 1)
+                band = axis.fill_between(
+                    steps, reward.min(0).values, reward.max(0).values, color=COLOURS[0], alpha=0.25, linewidth=0
+                )
+                (line,) = axis.plot(steps, reward.mean(0), color=COLOURS[0])
+                axis.set_title(f"{heading(name)}\nreturn {reward.sum(-1).mean():.1f}")
+                axis.set_xlabel("step")
+            for axis in panels[:, 0]:
+                axis.set_ylabel("reward")
+            for axis in panels.flat[len(self._curves) :]:
+                axis.set_axis_off()
+            labels = [f"mean of {counted(len(reward), 'episode')}", "their range"]
+            figure.legend([line, band], labels, loc="outside lower center", ncols=2, frameon=False)
+            with replacing(self.folder / "rewards.png") as temporary:
+                figure.savefig(temporary, dpi=150)
 
 
 FRAMES_PER_SECOND = 20
@@ -115,20 +121,20 @@ class Films(L.Callback):
         self._can_film = camera is not None  # a machine that can't is asked, and reports it, once
         if camera is not None:
             for index, reward in enumerate(batch.rewards):
-                self._film(camera, f"{batch.name}_{reward}", outputs["physics"][index])
+                self._film(camera, batch.name, reward, outputs["physics"][index])
 
-    def _film(self, camera: Any, name: str, physics: torch.Tensor) -> None:
+    def _film(self, camera: Any, protocol: str, reward: str, physics: torch.Tensor) -> None:
         import imageio.v2 as imageio
 
         stride = max(1, round(camera.steps_per_second / FRAMES_PER_SECOND))
         steps = min(len(physics) - 1, int(self.seconds * camera.steps_per_second))
         frames = [camera(physics[step]) for step in range(0, steps + 1, stride)]
-        with replacing(self.folder / f"{name}.mp4") as temporary:
+        with replacing(self.folder / f"{protocol}_{reward}.mp4") as temporary:
             imageio.mimwrite(temporary, frames, fps=camera.steps_per_second / stride, ffmpeg_log_level="quiet")
             if b"moov" not in temporary.read_bytes():  # a film's index is written last, and a full disk is not reported
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         moments = torch.linspace(0, len(physics) - 1, self.moments).round().long()
-        self._strips[name] = [camera(physics[moment]) for moment in moments]
+        self._strips[heading(protocol, reward)] = [camera(physics[moment]) for moment in moments]
 
     @rank_zero_only
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -142,7 +148,8 @@ class Films(L.Callback):
         for row, (name, frames) in zip(axes, self._strips.items()):
             for axis, frame in zip(row, frames):
                 axis.imshow(frame)
-                axis.set_axis_off()
+                axis.set(xticks=[], yticks=[])  # framed, for what is drawn may be white
+                axis.spines[:].set_color("0.7")
             row[0].set_title(name, loc="left", fontsize=9)
         with replacing(self.folder / "contact_sheet.png") as temporary:
             figure.savefig(temporary, dpi=100)

@@ -10,20 +10,8 @@ import numpy as np
 from omegaconf import DictConfig
 
 from components.files import replacing
+from launch.plots import STYLE, grid, heading, look
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d31")  # Okabe and Ito's
-MARKERS = "osD^vPX*"
-STYLE = {
-    "font.size": 8,
-    "axes.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 3,
-    "pdf.fonttype": 42,  # letters as letters, which publishers ask for
-}
 Lines = list[tuple[list[float], list[float]]]  # instants and values of each seed
 
 
@@ -32,10 +20,11 @@ def draw_curves(
 ) -> list[str]:
     """Pictures of every metric against environment steps, or updates where none are taken, as PNG and as PDF.
 
-    Beside what was evaluated come the training metrics that `config.training_curves` names.
+    Beside what was evaluated come the training metrics that `config.training_curves` names. What was measured no more
+    than once is left to tables.
 
     Where the metric that `config.curves_against` names was recorded, the others are drawn against it, in a picture of
-    their own that comes first. No pictures if nothing was evaluated.
+    their own that comes first. No pictures without curves.
 
     Args:
         arms: of results.json; those without curves are drawn as level lines.
@@ -49,7 +38,7 @@ def draw_curves(
         clocks = ("updates", "env_steps", "seconds", config.curves_against)
         columns = [(evaluated, name, name) for name in (evaluated[0] if evaluated else ()) if name not in clocks]
         columns += [
-            (learned, name, f"train/{name}") for name in config.training_curves if learned and name in learned[0]
+            (learned, name, f"training/{name}") for name in config.training_curves if learned and name in learned[0]
         ]
         for rows, column, metric in columns:
             clock = "env_steps" if int(rows[-1]["env_steps"]) else "updates"
@@ -58,8 +47,14 @@ def draw_curves(
             by_arm = curves.setdefault(clock, {}).setdefault(metric, {})
             by_arm.setdefault(run.arm, []).append(tuple(map(list, zip(*points))))
     trained = list(dict.fromkeys(run.arm for run in runs))
+    for clock, metrics in list(curves.items()):
+        curves[clock] = {
+            metric: by_arm
+            for metric, by_arm in metrics.items()
+            if any(len(instants) > 1 for lines in by_arm.values() for instants, _ in lines)
+        }
     names = []
-    for clock in sorted(curves, key=lambda clock: clock != config.curves_against):
+    for clock in sorted(filter(curves.get, curves), key=lambda clock: clock != config.curves_against):
         names.append(f"learning_curves{f'_{len(names) + 1}' * bool(names)}.png")
         _draw(curves[clock], clock.split("/")[-1].replace("env_", "environment "), trained, arms, folder / names[-1])
     return names
@@ -80,30 +75,32 @@ def _draw(
     path: Path,
 ) -> None:
     """One picture, all arms and references in each of its panels, an arm looking the same in all of them."""
-    from matplotlib import colormaps, rc_context
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    colours = COLOURS if len(trained) <= len(COLOURS) else colormaps["tab20"].colors
     crowded = max(len(by_arm) for by_arm in curves.values()) > 6
     most, scale = (3, 1.5) if crowded else (4, 1.0)
     scale = 2.4 if crowded and len(curves) == 1 else scale
-    count = math.ceil(len(curves) / most)
-    columns = math.ceil(len(curves) / count)
+    rows, columns = grid(len(curves), most)
     with rc_context(STYLE):
-        figure = Figure(figsize=(scale * 3.2 * columns, scale * 2.5 * count), layout="constrained")
-        axes = figure.subplots(count, columns, squeeze=False).flatten()
+        figure = Figure(figsize=(scale * 3.2 * columns, scale * 2.5 * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).flatten()
         for axis, (metric, by_arm) in zip(axes, curves.items()):
             for arm, lines in by_arm.items():
-                index = trained.index(arm)
-                _draw_arm(axis, arm, lines, colours[index % len(colours)], MARKERS[index % len(MARKERS)])
+                _draw_arm(axis, arm, lines, look(trained.index(arm)))
             still = [(arm, metrics) for arm, metrics in arms.items() if arm not in by_arm and metric in metrics]
             for index, (arm, metrics) in enumerate(still):
                 axis.axhline(metrics[metric]["mean"], color="0.4", linestyle=("--", ":", "-.")[index % 3], label=arm)
-            axis.set_title(metric.removesuffix("/return"))
-            if metric.endswith("/return"):
+            task, _, quantity = metric.rpartition("/")
+            axis.set_title(heading(task or quantity))
+            axis.set_ylabel(heading(quantity))
+            if quantity == "return":
                 axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
-                axis.set_ylabel("return")
             axis.set_xlabel(clock)
+            axis.xaxis.set_major_locator(MaxNLocator(5))
+            if clock in ("updates", "environment steps"):
+                axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 250k
         for axis in axes[len(curves) :]:
             axis.set_axis_off()
         entries = {}
@@ -119,12 +116,12 @@ def _draw(
             figure.set_layout_engine("none")  # as it was laid out, once
 
 
-def _draw_arm(axis: Any, arm: str, lines: Lines, colour: Any, marker: str) -> None:
+def _draw_arm(axis: Any, arm: str, lines: Lines, style: Mapping[str, str]) -> None:
     """The mean over seeds, with a band of a standard error on either side where there are several."""
     shared = sorted(set.intersection(*(set(instants) for instants, _ in lines)))
     values = np.array([[dict(zip(*line))[instant] for instant in shared] for line in lines])  # [seeds, instants]
     mean = values.mean(0)
-    axis.plot(shared, mean, color=colour, marker=marker if len(shared) <= 30 else None, label=arm)
+    axis.plot(shared, mean, label=arm, **style if len(shared) <= 30 else {**style, "marker": ""})
     if len(lines) > 1:
         error = values.std(0, ddof=1) / math.sqrt(len(lines))
-        axis.fill_between(shared, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
+        axis.fill_between(shared, mean - error, mean + error, color=style["color"], alpha=0.2, linewidth=0)

@@ -81,13 +81,13 @@ def test_an_arm_looks_the_same_in_all_panels_and_unlike_the_others(draw, drawn, 
     def metrics(arm: int) -> str:
         return "b,c" if arm == 0 else "c,b"  # in whichever order they come
 
-    logs = {f"arm_{arm}/0": {"eval": log(metrics(arm), "5,0,1,1,2")} for arm in range(count)}
+    logs = {f"arm_{arm}/0": {"eval": log(metrics(arm), "5,0,1,1,2", "10,0,2,1,2")} for arm in range(count)}
     draw(logs)
-    looks: dict[str, set[tuple[str, str]]] = {}
+    looks: dict[str, set[tuple[str, str, str]]] = {}
     for (_, arm), (_, _, look) in drawn["lines"].items():
-        looks.setdefault(arm, set()).add((to_hex(look["color"]), look["marker"]))
+        looks.setdefault(arm, set()).add((to_hex(look["color"]), look["linestyle"], look["marker"]))
     assert all(len(look) == 1 for look in looks.values())
-    assert len({next(iter(look))[0] for look in looks.values()}) == count
+    assert len({next(iter(look))[:2] for look in looks.values()}) == count
 
 
 def test_an_arm_that_has_no_curve_is_a_line_beside_those_that_have(draw, drawn):
@@ -98,30 +98,42 @@ def test_an_arm_that_has_no_curve_is_a_line_beside_those_that_have(draw, drawn):
 
 def test_what_is_drawn_against_something_else_gets_a_picture_of_its_own(draw, drawn, tmp_path):
     logs = {
-        "codec/0": {"eval": log("psnr", "5,0,1,2")},
+        "codec/0": {"eval": log("psnr", "5,0,1,2", "6,0,1,3")},
         "classifier/0": {
-            "eval": log("classes,accuracy", "5,0,1,2,3"),
+            "eval": log("classes,accuracy", "5,0,1,2,3", "6,0,1,4,5"),
             "train": log("loss", "5,0,1,4", "6,0,1,5"),
         },
     }
     names = draw(logs, curves_against="classes", training_curves=["loss"])
     assert names == ["learning_curves.png", "learning_curves_2.png"]
-    found = {(axis.get_title(), axis.get_xlabel()): line[:2] for (axis, _), line in drawn["lines"].items()}
+    found = {(axis.get_ylabel(), axis.get_xlabel()): line[:2] for (axis, _), line in drawn["lines"].items()}
     assert found == {
-        ("accuracy", "classes"): ([2.0], [3.0]),
-        ("psnr", "updates"): ([5.0], [2.0]),
-        ("train/loss", "updates"): ([5.0, 6.0], [4.0, 5.0]),
+        ("accuracy", "classes"): ([2.0, 4.0], [3.0, 5.0]),
+        ("psnr", "updates"): ([5.0, 6.0], [2.0, 3.0]),
+        ("loss", "updates"): ([5.0, 6.0], [4.0, 5.0]),
     }
+    assert [axis.get_title() for axis, _ in drawn["lines"]] == ["accuracy", "psnr", "training"]
     assert all((tmp_path / name).exists() for name in names)
 
 
 def test_experience_is_the_clock_where_it_is_gathered(draw, drawn):
-    draw({"arm/0": {"eval": log("task/return", "5,100,1,2", "10,200,1,4")}})
+    draw({"arm/0": {"eval": log("fast_start/run_on/return", "5,100000,1,2", "10,200000,1,4")}})
     (((axis, _), (instants, _, _)),) = drawn["lines"].items()
-    assert (instants, axis.get_xlabel()) == ([100.0, 200.0], "environment steps")
-    assert (axis.get_title(), axis.get_ylabel()) == ("task", "return")
+    assert (instants, axis.get_xlabel()) == ([100000.0, 200000.0], "environment steps")
+    assert (axis.get_title(), axis.get_ylabel()) == ("fast start: run on", "return")
+    assert "200k" in [label.get_text() for label in axis.get_xticklabels()]
 
 
-def test_nothing_evaluated_is_no_picture(draw, tmp_path):
-    assert draw({"arm/0": {}}) == []
+def test_what_was_measured_once_is_no_curve(draw, drawn):
+    logs = {
+        "arm/0": {"eval": log("a,once", "5,0,1,2,", "10,0,1,4,5")},
+        "short/0": {"eval": log("a,once", "5,0,1,2,3")},  # beside a curve, a marker
+    }
+    draw(logs)
+    assert set(by_title(drawn["lines"])) == {("a", "arm"), ("a", "short")}
+
+
+@pytest.mark.parametrize("evaluated", [{}, {"eval": log("score", "5,0,1,2")}])
+def test_nothing_to_draw_is_no_picture(draw, tmp_path, evaluated):
+    assert draw({"arm/0": evaluated}) == []
     assert not list(tmp_path.glob("*.p*"))

@@ -40,7 +40,7 @@ def test_a_run_goes_on_after_its_disk_was_full(program, one_arm, assert_same_run
 def test_a_folder_where_a_file_belongs_is_one_sentence(program, one_arm, name, tmp_path):
     """Any other refusal of the system goes the same way."""
     (tmp_path / name / "occupied").mkdir(parents=True)
-    finished = program(*one_arm, f"hydra.run.dir={tmp_path}", "module.updates=10")
+    finished = program(*one_arm, f"hydra.run.dir={tmp_path}", "module.updates=10", "datamodule.evaluate_every=5")
     assert finished.code == 1
     assert finished.err.startswith(f"{tmp_path / name}: expected ")
     assert finished.err.count("\n") == 1
