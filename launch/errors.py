@@ -107,6 +107,7 @@ def run_reporting_errors(main: Callable[[], None]) -> int:
     if report is None:
         raise error  # out here it has no more to say than what it was caused by
     code, sentence = report
+    sentence = re.sub(r"(\?|\.\.\.)\.$", r"\1", sentence)  # what others say may end with a mark of its own
     if len(sentence) > LONGEST:  # something that was found is said whole
         sentence = f"{sentence[: LONGEST - END]} ... {sentence[-END:]}"
     print(f"{sentence} ({TRACEBACK}=1 shows where.)", file=sys.stderr)
@@ -237,4 +238,4 @@ def _one_line(error: BaseException) -> str:
     room = MOST_CHARACTERS - len(first)
     if len(rest) > room:
         rest = f"{rest[: max(room, 0)].rpartition(' ')[0]} ..."
-    return f"{first}: {rest}" if rest.strip(" .") else first
+    return f"{first}{'' if first.endswith('?') else ':'} {rest}" if rest.strip(" .") else first

@@ -57,7 +57,7 @@ def parse(arguments: list[str]) -> dict[str, Any]:
                 f"Unknown argument {argument}: expected key=value, key one of {', '.join(DEFAULTS)}."
             )
         given[key] = text if key not in NUMBERS else _number(key, text)
-    if given["ckpt_path"] is None:
+    if not given["ckpt_path"]:
         raise CommandLineError("ckpt_path is missing: expected a checkpoint, a run's folder, or last.")
     return given
 

@@ -92,6 +92,8 @@ def completed(arguments: Sequence[str]) -> list[str]:
         return [*flags, *overrides]
     if options.multirun:
         raise CommandLineError(f"ckpt_path={asked}: expected without -m; a sweep's runs are resumed one by one.")
+    if not asked:
+        raise CommandLineError("ckpt_path=: expected last, a run's folder or a checkpoint in one, found nothing.")
     if asked == "last":
         experiment = given_value(overrides, "experiment")
         if experiment is None:

@@ -152,12 +152,13 @@ class GymnasiumEnv(MeasuredEnv):
         Raises:
             ValueError: the spaces are not of vectors.
         """
-        if not isinstance(observation, spaces.Box) or len(observation.shape) != 1:
+        if not isinstance(observation, spaces.Box) or len(observation.shape) != 1 or 0 in observation.shape:
             raise ValueError(
                 f"environment.id={self.name}: expected observations of one dimension (Box), found {_text(observation)};"
                 " environment.wrappers can make them so, as gymnasium.wrappers.FlattenObservation does."
             )
-        if not isinstance(action, spaces.Box) or len(action.shape) != 1 or not action.is_bounded():
+        vectors = isinstance(action, spaces.Box) and len(action.shape) == 1 and 0 not in action.shape
+        if not vectors or not action.is_bounded():
             raise ValueError(
                 f"environment.id={self.name}: expected continuous actions of one dimension within bounds (Box), found "
                 f"{_text(action)}."

@@ -52,7 +52,14 @@ class MeasuredEnv(EnvBase):
         action_size: int,
         observation_type: torch.dtype = torch.float32,
     ) -> None:
-        """Say what is observed and done; after `declare_measurements`."""
+        """Say what is observed and done; after `declare_measurements`.
+
+        Raises:
+            ValueError: there is nothing to observe, or nothing to do.
+        """
+        for name, shape in (("observations", observation_shape), ("actions", [action_size])):
+            if 0 in shape:
+                raise ValueError(f"datamodule.environment: expected {name} with numbers in them, found {list(shape)}.")
         n = self.batch_size[0]
         self.observation_spec = Composite(
             observation=Unbounded((n, *observation_shape), dtype=observation_type),

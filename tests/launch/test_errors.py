@@ -34,6 +34,7 @@ def assert_one_sentence(finished, code, *parts):
     assert ".." not in finished.err.replace("...", "").replace("../", "")
     for part in parts:
         assert part in finished.err, finished.err
+    assert not re.search(r"([?!:;,]|(?<!\.)\.)\. \(TENFOLD", finished.err), finished.err
     assert len(finished.err) < 2100
 
 
@@ -165,6 +166,8 @@ def test_results_that_others_are_made_of_stay(tmp_path):
         (["+arms={../x: []}"], 1, ["arms='../x': expected a name for a folder"]),
         (["+arms.late=['threads=abc']"], 1, ["threads=abc: expected a whole number or null"]),
         (["+arms.late=['module.discount=abc']"], 1, ["module.discount=abc: expected a number"]),
+        (["environment=gymnasium", "environment.id=Pendulm-v1"], 1, ["=Pendulm-v1: ", "Did you mean: `Pendulum`? (T"]),
+        (["ckpt_path="], 2, ["ckpt_path=: expected last, a run's folder or a checkpoint in one, found nothing"]),
         (["ckpt_path=3"], 1, ["ckpt_path=3: expected a run's folder or a checkpoint in one, found nothing"]),
         (["module.forward_map._target_=components.Nope"], 1, ["module.forward_map._target_=components.Nope: expected"]),
         (

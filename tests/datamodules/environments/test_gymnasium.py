@@ -148,11 +148,10 @@ def test_simulation_that_breaks_down_is_truncated_where_it_was_sound(name, capfd
 class Faulty(gymnasium.Env):
     """Gives one number that is not finite, in the step that is asked for, 0 for the reset."""
 
-    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float64)
-    action_space = gymnasium.spaces.Box(-1, 1, (1,))
-
-    def __init__(self, name: str, step: int, number: float) -> None:
+    def __init__(self, name: str = "", step: int = 0, number: float = 0.0, size: int = 3, acts: int = 1) -> None:
         self.fault = name, step, number
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float64)
+        self.action_space = gymnasium.spaces.Box(-1, 1, (acts,))
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -206,6 +205,11 @@ def test_actions_that_are_not_finite_are_refused():
         ({"id": "CartPole-v1"}, r"CartPole-v1: expected continuous actions .* found Discrete\."),
         ({"id": Walk, "episode_length": 5}, r"Walk: expected observations of one dimension \(Box\), found Dict;"),
         ({"id": Walk, "wrappers": [FlattenObservation]}, "episode_length=null: expected .*, for Walk has no limit"),
+        ({"id": Faulty, "options": {"size": 0}, "episode_length": 5}, r"expected observations of .*, found Box\[0\];"),
+        (
+            {"id": Faulty, "options": {"acts": 0}, "episode_length": 5},
+            r"expected continuous actions .*, found Box\[0\]\.",
+        ),
         ({"id": "Pendulum-v1", "options": {"mass": 1}}, "Pendulum-v1: .*unexpected keyword argument 'mass'"),
         ({"id": "hopper-v5"}, "environment.id=hopper-v5: Environment `hopper` doesn't exist"),
         ({"id": Walk()}, "environment.id: expected the name of a task, or what makes one, found Walk;"),
@@ -216,6 +220,14 @@ def test_what_does_not_fit_is_one_sentence(settings, message):
     with pytest.raises(ValueError, match=message):
         GymnasiumEnv(**settings)
     assert "antigravity" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("sizes", "name"), [(([0], 0, 1), "observations"), (([2, 0], 0, 1), "obs"), (([2], 0, 0), "act")]
+)
+def test_environments_without_anything_to_see_or_do_are_refused(sizes, name):
+    with pytest.raises(ValueError, match=rf"^datamodule\.environment: expected {name}.*, found \[(2, )?0\]\.$"):
+        walk().declare_specs(*sizes)
 
 
 @pytest.mark.parametrize("name", ["hopper", "hopper-medium-replay-v2"])
