@@ -443,7 +443,7 @@ def _arms(config: DictConfig) -> dict[str, list[str]]:
         check_folder_name("arms", name)
         if overrides is not None and not (isinstance(overrides, list) and all(isinstance(o, str) for o in overrides)):
             raise CommandLineError(
-                f"arms.{name}={overrides}: expected null, or a list of overrides such as ['module.discount=0.9']."
+                f"arms.{name}={overrides}: expected null, or a list of overrides such as ['module.updates=1000']."
             )
     return {name: overrides for name, overrides in (arms or {}).items() if overrides is not None} or {config.name: []}
 
