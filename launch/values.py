@@ -6,6 +6,7 @@ import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from traceback import walk_tb
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from hydra.errors import InstantiationException
@@ -14,6 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from components.checks import Count, CountOrZero, LearningRate, Momentum, NonNegative, Range, check_range
+from tenfold import PACKAGES
 
 # Of classes that are not the project's, and check their numbers late, without a name, or not at all.
 RANGES = {
@@ -169,9 +171,12 @@ def _target(name: str, key: str) -> Any:
 
 
 def missing_package(error: ModuleNotFoundError) -> str:
-    """What to install, as the end of a sentence."""
+    """What to install, as the end of a sentence: what this project itself imports, or somebody else's package."""
     package = (error.name or str(error)).split(".")[0]
-    return f"expected the package {package} (make install, or pip install one of this project's extras), found none"
+    frames = [frame for frame, _ in walk_tb(error.__traceback__) if "importlib" not in frame.f_code.co_filename]
+    ours = bool(frames) and frames[-1].f_globals["__name__"].split(".")[0] in PACKAGES
+    advice = "make install, or pip install one of this project's extras" if ours else "installed, or on PYTHONPATH"
+    return f"expected the package {package} ({advice}), found none"
 
 
 def _parameters(called: Callable[..., Any]) -> Iterator[tuple[str, Any]]:

@@ -154,3 +154,17 @@ def test_other_errors_are_left_as_they_are():
     for error in (RuntimeError("updates=122"), FileNotFoundError("updates=122"), CommandLineError("updates=122")):
         with pytest.raises(type(error), match=r"^updates=122$"), whole_keys(OmegaConf.create(NAMES)):
             raise error
+
+
+@pytest.mark.parametrize(
+    ("target", "found"),
+    [
+        ("my_rules_nowhere.Rule", "my_rules_nowhere (installed, or on PYTHONPATH)"),
+        ("my_rules_here.Rule", "another_nowhere (installed, or on PYTHONPATH)"),
+    ],
+)
+def test_a_package_that_is_missing_is_looked_for_where_it_may_be(target, found, tmp_path, monkeypatch):
+    (tmp_path / "my_rules_here.py").write_text("import another_nowhere\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=rf"^part\._target_={target}: expected the package {re.escape(found)}"):
+        check_values(OmegaConf.create({"part": {"_target_": target}}))
