@@ -123,5 +123,5 @@ def main() -> None:
     command = [f"{key}={value}" for key, value in whole.items() if value != DEFAULTS[key]]
     title = f"{recipe['experiment']} after {counted(module.updates, 'update')}"
     rewards = getattr(datamodule, "rewards", {})  # language models and images have none
-    print(write_evaluation(title, shlex.join([*program("evaluate").split(), *command]), rewards, folder))
+    print(write_evaluation(title, f"{program('evaluate')} {shlex.join(command)}", rewards, folder))
     print(folder)

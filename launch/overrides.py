@@ -54,14 +54,13 @@ def quoted(text: str) -> str:
 
 def train_command(*overrides: str) -> str:
     """The command that trains with these overrides, as it can be pasted into a shell."""
-    return shlex.join([*train_program().split(), *overrides])
-
-
-def train_program() -> str:
-    return program("train")
+    return f"{program('train')} {shlex.join(overrides)}"
 
 
 def program(name: str) -> str:
-    """What trains or evaluates, as it is called: an installation has no scripts."""
-    installed = f"tenfold-{name}"
-    return installed if Path(sys.argv[0]).name.startswith("tenfold-") else f"python {name}.py"
+    """What trains or evaluates, as a shell calls it from where it was called: an installation has no scripts."""
+    called = Path(sys.argv[0])
+    if called.name.startswith("tenfold-"):
+        return f"tenfold-{name}"
+    folder = called.parent if called.name in ("train.py", "evaluate.py") else Path()
+    return f"python {shlex.quote(str(folder / f'{name}.py'))}"

@@ -24,13 +24,13 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from launch.errors import CommandLineError, errors_past_hydra, is_first_process
 from launch.experiments import CONFIGS, experiment_list, is_group, missing_folders
 from launch.imports import import_lightning
-from launch.overrides import NEUTRAL, SEARCH_PATH, TYPED, departures, given_value, override_key, quoted, train_program
+from launch.overrides import NEUTRAL, SEARCH_PATH, TYPED, departures, given_value, override_key, program, quoted
 from launch.runs import RUN_FILE, merged, newest_run, remove_empty_folders, run_folder, run_of
 
 SWEEP_FOLDER = "hydra.sweep.dir"
 
 OmegaConf.register_new_resolver("experiment_list", experiment_list)
-OmegaConf.register_new_resolver("train_program", train_program)
+OmegaConf.register_new_resolver("train_program", lambda: program("train").replace("$", "$$"))  # part of a template
 OmegaConf.register_new_resolver("sum", lambda numbers: sum(numbers.values() if hasattr(numbers, "values") else numbers))
 OmegaConf.register_new_resolver("run_folder", run_folder, use_cache=True)  # names the time: one for the whole program
 

@@ -6,7 +6,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from launch.overrides import given_value, override_key, quoted, train_command
+from launch.overrides import given_value, override_key, program, quoted, train_command
 
 PATHS = [
     "/runs/2026-11-22_12-00-00-123456/last.ckpt",
@@ -38,6 +38,23 @@ def test_commands_can_be_pasted_into_a_shell():
         config = OmegaConf.create({"ckpt_path": None, "seed": 5})
         config.ckpt_path = override.value()
         assert config.ckpt_path == path
+
+
+@pytest.mark.parametrize(
+    ("called", "train", "evaluate"),
+    [
+        ("train.py", "python train.py", "python evaluate.py"),
+        ("./evaluate.py", "python train.py", "python evaluate.py"),
+        ("../ten fold/train.py", "python '../ten fold/train.py'", "python '../ten fold/evaluate.py'"),
+        ("/opt/tenfold/train.py", "python /opt/tenfold/train.py", "python /opt/tenfold/evaluate.py"),
+        ("/opt/bin/tenfold-train", "tenfold-train", "tenfold-evaluate"),
+        ("/lib/submitit/core/_submit.py", "python train.py", "python evaluate.py"),
+    ],
+)
+def test_programs_are_named_as_they_are_called(called, train, evaluate, monkeypatch):
+    monkeypatch.setattr("sys.argv", [called, "x=1"])
+    assert train_command("a=b c") == f"{train} 'a=b c'"
+    assert program("evaluate") == evaluate
 
 
 def test_simple_paths_are_not_quoted():
