@@ -300,7 +300,7 @@ def test_a_run_brings_no_settings_of_hydra_in_a_file(program, tmp_path):
     write_overrides(run, ["experiment=mine", where])
     finished = program(f"ckpt_path={run}", "experiment=mine", "--config-dir", str(tmp_path))
     assert called.exists()  # what a person types is theirs
-    assert finished.err.startswith("updates=7 is no multiple")
+    assert finished.err.startswith("module.updates=7 is no multiple")
 
 
 def test_a_package_of_ones_own_is_trusted_by_name(tmp_path, monkeypatch):
