@@ -50,14 +50,18 @@ assert all(package_available(name) and RequirementCache(name) for name in UNUSED
 @pytest.mark.parametrize("mode", [(), ("-m",)])
 def test_processes_that_a_run_starts_are_told_its_folder(program, tmp_path, monkeypatch, mode):
     """Whatever its name is."""
-    parent, commands = tmp_path / 'a "b" \\c', []
-    monkeypatch.setattr("launch.study.run_study", lambda: commands.append(_hydra_subprocess_cmd(local_rank=1)))
+    parent, folders = tmp_path / 'a "b" \\c', []
+
+    def run_study() -> None:
+        command, _ = _hydra_subprocess_cmd(local_rank=1)
+        folders.append(Path(given_value(command, "hydra.run.dir")))
+        assert folders[-1].is_dir()
+
+    monkeypatch.setattr("launch.study.run_study", run_study)
     finished = program(*mode, "experiment=fb_overdrive", f"output_root={quoted(str(parent))}")
     assert finished.code == 0, finished.err
-    ((command, _),) = commands
-    folder = Path(given_value(command, "hydra.run.dir"))
+    (folder,) = folders
     assert folder.relative_to(parent).parts[0] == ("sweep" if mode else "fb_overdrive")
-    assert folder.is_dir()
 
 
 def test_every_run_of_a_sweep_has_a_folder_of_its_own(program, one_arm, tmp_path):

@@ -14,6 +14,7 @@ from tensordict import TensorDict
 from torch import nn
 
 from callbacks.checkpoint import Checkpoint
+from callbacks.resumption import Resumption
 from callbacks.run_log import RunLog, read_rows
 from datamodules.sampling import EvaluationTasks, UniformBatches
 from launch.checkpoints import AtomicCheckpointIO, load_checkpoint
@@ -112,7 +113,7 @@ def fit(folder: Path, method: Toy, checkpoint: Path | None = None, poisoned_upda
         use_distributed_sampler=False,
         inference_mode=False,
         logger=[RunLog(folder)],
-        callbacks=[EveryCheckpoint(str(folder), every=2, name="run")],
+        callbacks=[Resumption(folder), EveryCheckpoint(str(folder), every=2, name="run")],
         plugins=[AtomicCheckpointIO()],
     )
     trainer.fit(method, datamodule=ToyData(poisoned_update), ckpt_path=checkpoint, weights_only=True)
