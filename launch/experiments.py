@@ -44,6 +44,13 @@ def is_group(key: str, search_path: Sequence[str] = ()) -> bool:
     return repository(search_path).group_exists(key.split("@")[0])
 
 
+def options_with(group: str, key: str, search_path: Sequence[str] = ()) -> list[str]:
+    """Those options of a group whose own file sets a key."""
+    files = repository(search_path)
+    options = files.get_group_options(group, ObjectType.CONFIG)
+    return [name for name in options if OmegaConf.select(files.load_config(f"{group}/{name}").config, key) is not None]
+
+
 def known_keys(overrides: Sequence[str]) -> list[str]:
     """Every key of the configuration that overrides compose, in dotted form."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):

@@ -30,6 +30,7 @@ from components.wording import counted
 from launch.checkpoints import LAST, load_checkpoint
 from launch.choices import check_choices
 from launch.errors import CommandLineError, Stopped
+from launch.experiments import options_with
 from launch.files import read_results, write_json
 from launch.objectives import metrics_meant, objective_known, objective_value
 from launch.overrides import SEARCH_PATH, TYPED, given_value, override_key, quoted, train_command
@@ -132,7 +133,7 @@ def _run_study(folder: Path, overrides: list[str], typed: Sequence[str]) -> floa
     named = given_value(overrides, "trust") or ()  # as typed: an experiment's file may come with the folder
     trust = tuple(named.split(",")) if isinstance(named, str) else tuple(named)
     for run in runs:
-        _check_parts(configs[run])
+        _check_parts(configs[run], overrides)
         if rank_zero_only.rank == 0 and (folder / RUN_FILE).exists():  # it may come from anybody; others follow
             where = str(folder / RUN_FILE)
             called = check_targets(_parts(configs[run]), where, trust, RUN_FOLDERS, unmarked=True)
@@ -198,8 +199,8 @@ def _parts(config: DictConfig) -> dict[str, Any]:
     return {name: OmegaConf.to_container(config[name], resolve=True) for name in names if config[name] is not None}
 
 
-def _check_parts(config: DictConfig) -> None:
-    """Raise a ValueError unless a run has what every run has."""
+def _check_parts(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Raise a ValueError unless a run has what every run has, and what it has can be built."""
     experiment = HydraConfig.get().runtime.choices.get("experiment")
     for part in ("module", "datamodule", "trainer", "callbacks", "logger"):
         found = config.get(part)
@@ -209,6 +210,16 @@ def _check_parts(config: DictConfig) -> None:
                 f"experiment={experiment}: expected a {part} among its defaults, as in `- override /{part}: NAME`, or "
                 f"under {where}, found {found}."
             )
+    for group in ("callbacks", "logger"):
+        for name, part in config[group].items():
+            if part is not None and not (isinstance(part, DictConfig) and "_target_" in part):
+                key = f"{group}.{name}"
+                options = options_with(group, f"{name}._target_", given_value(overrides, SEARCH_PATH) or ())
+                chosen = f", or choose an option that brings it: {group}={'|'.join(options)}" if options else ""
+                raise ValueError(
+                    f"{key}: expected what to build, with a _target_, found {part}; leave it out with {key}=null"
+                    f"{chosen}."
+                )
 
 
 def _check_settings(config: DictConfig, overrides: Sequence[str]) -> None:
@@ -265,7 +276,7 @@ def build(
         saved = _check(resume, module, datamodule)
         changed = in_words(changes(saved["recipe"], module.recipe))
         _say(f"{run.arm}, seed {run.seed}: resuming after {counted(saved['updates'], 'update')}{changed}.")
-    loggers = [instantiate(logger) for logger in config.logger.values()]
+    loggers = [instantiate(logger) for logger in config.logger.values() if logger is not None]
     callbacks = [instantiate(callback) for callback in config.callbacks.values() if callback is not None]
     trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers, default_root_dir=str(run.folder))
     leave_signals(trainer)

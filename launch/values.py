@@ -36,6 +36,7 @@ RANGES = {
 }
 
 PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+MANY = {list: "a list", tuple: "a list", Sequence: "a list", Mapping: "KEY: VALUE pairs, as in {KEY: VALUE}"}
 
 
 def check_values(config: DictConfig, key: str = "") -> None:
@@ -223,7 +224,7 @@ def _check_value(key: str, value: Any, annotation: Any) -> None:
 def _described(kind: Any) -> str:
     if get_origin(kind) is list:
         return f"a list, each of it {_described(*get_args(kind))}"
-    return PLAIN.get(kind, "null")
+    return PLAIN.get(kind) or MANY.get(get_origin(kind), "null")
 
 
 def _fits(value: Any, annotation: Any) -> bool:
@@ -234,6 +235,8 @@ def _fits(value: Any, annotation: Any) -> bool:
 def _is_of(value: Any, kind: Any) -> bool:
     if get_origin(kind) is list:
         return isinstance(value, ListConfig) and all(_fits(item, *get_args(kind)) for item in value)
+    if get_origin(kind) in MANY:
+        return isinstance(value, DictConfig if get_origin(kind) is Mapping else ListConfig)
     if kind not in PLAIN and kind is not type(None):
         return True
     if isinstance(value, bool):

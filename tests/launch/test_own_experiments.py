@@ -214,6 +214,14 @@ def test_hidden_files_are_no_experiments(tmp_path):
         ("name: x\nsummary: y\nduration: z\n", "experiment=wrong: expected a module among its defaults, as in `- over"),
         ("defaults: [fb_overdrive]\ncallbacks: null\n", "or under callbacks, found None."),
         ("defaults: [fb_overdrive]\narms: {a: [~datamodule]}\n", "or under datamodule._target_, found None."),
+        (
+            "defaults: [gpl_zero_mdp, override /callbacks: films]\n",
+            "leave it out with callbacks.critic_bias=null, or choose an option that brings it: callbacks=critic_bias.",
+        ),
+        (
+            "defaults: [fb_overdrive]\nlogger: {mine: 3}\n",
+            "logger.mine: expected what to build, with a _target_, found 3; leave it out with logger.mine=null.",
+        ),
         ("x: [\ny: 3", 'while parsing a flow sequence: in "'),
     ],
 )

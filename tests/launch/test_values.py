@@ -89,6 +89,8 @@ def test_what_is_not_taken_is_named(target, message):
         (f"{__name__}.Ranged", {"count": 0}, r"part.inner.count=0: expected at least 1\."),
         (f"{__name__}.Ranged", {"count": "two"}, r"part.inner.count=two: expected a whole number or null\."),
         (f"{__name__}.Ranged", {"sizes": [1, 0]}, r"part.inner.sizes\[1\]=0: expected at least 1\."),
+        (f"{__name__}.Ranged", {"sizes": "12"}, r"part.inner.sizes=12: expected a list\."),
+        (f"{__name__}.Ranged", {"shares": 3}, r"part.inner.shares=3: expected KEY: VALUE pairs, .* or null\."),
         (f"{__name__}.Ranged", {"shares": {"a": -1}}, r"part.inner.shares.a=-1: expected at least 0\."),
         (f"{__name__}.Ranged", {"share": "${protocol.share}"}, r"protocol.share=7: expected at most 1\."),
         (f"{__name__}.Ranged", {"sizes": "${protocol.sizes}"}, r"protocol.sizes\[0\]=0: expected at least 1\."),
