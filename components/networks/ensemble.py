@@ -44,7 +44,8 @@ class EnsembleLinear(nn.Module):
         if x.dim() == 2:
             x = x.expand(weight.shape[0], *x.shape)
         if weight.shape[-1] == 1 and weight.device.type == "cpu":
-            # A batched product with one column takes a CPU three times as long, forwards and backwards.
+            # A batched product with one column takes three times as long on an AMD EPYC, and two thirds of the time on
+            # an Intel Xeon, where this is the faster once it is compiled.
             return (x * weight.mT).sum(-1, keepdim=True) + bias
         return torch.baddbmm(bias, x, weight)
 
@@ -89,12 +90,13 @@ class EnsembleSpectralLinear(EnsembleLinear):
     @torch.no_grad()
     def project(self) -> None:
         """One step of power iteration on the right singular vectors [P, out], then W <- W / sigma."""
-        left = torch.einsum("pio,po->pi", self.weight, self.right)
+        # As products of rows [P, 1, features] with matrices: of columns, they take a CPU twice to four times as long.
+        left = self.right.unsqueeze(1) @ self.weight.mT
         left /= left.norm(dim=-1, keepdim=True)
-        right = torch.einsum("pio,pi->po", self.weight, left)
+        right = left @ self.weight
         sigma = right.norm(dim=-1, keepdim=True)
-        self.right.copy_(right / sigma)
-        self.weight.div_(sigma.unsqueeze(-1))
+        self.right.copy_((right / sigma).squeeze(1))
+        self.weight.div_(sigma)
 
 
 @checked
