@@ -217,8 +217,7 @@ def _check_parts(config: DictConfig, overrides: Sequence[str]) -> None:
                 options = options_with(group, f"{name}._target_", given_value(overrides, SEARCH_PATH) or ())
                 chosen = f", or choose an option that brings it: {group}={'|'.join(options)}" if options else ""
                 raise ValueError(
-                    f"{key}: expected what to build, with a _target_, found {part}; leave it out with {key}=null"
-                    f"{chosen}."
+                    f"{key}: expected a part with its _target_, found {part}; leave it out with {key}=null{chosen}."
                 )
 
 

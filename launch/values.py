@@ -216,15 +216,27 @@ def _kinds(annotation: Any) -> tuple[Any, ...]:
 
 def _check_value(key: str, value: Any, annotation: Any) -> None:
     if not _fits(value, annotation):
-        expected = " or ".join(_described(kind) for kind in _kinds(annotation))
-        raise ValueError(f"{key}={'null' if value is None else value}: expected {expected}.")
+        kinds = _kinds(annotation)
+        expected = " or ".join(_described(kind) for kind in kinds)
+        # An experiment may set parts of what another option brings.
+        advice = f"; {key}=null leaves it out" if isinstance(value, DictConfig) and type(None) in kinds else ""
+        raise ValueError(f"{key}={'null' if value is None else value}: expected {expected}{advice}.")
     check_range(key, value, annotation)
 
 
 def _described(kind: Any) -> str:
     if get_origin(kind) is list:
         return f"a list, each of it {_described(*get_args(kind))}"
+    if _is_built(kind):
+        return "a part with its _target_"
     return PLAIN.get(kind) or MANY.get(get_origin(kind), "null")
+
+
+def _is_built(kind: Any) -> bool:
+    """Whether values are functions or objects, of classes of this project or networks, which a `_target_` makes."""
+    kind = get_origin(kind) or kind
+    classes = ("torch.nn.", *(f"{package}." for package in PACKAGES))
+    return kind is Callable or (isinstance(kind, type) and f"{kind.__module__}.".startswith(classes))
 
 
 def _fits(value: Any, annotation: Any) -> bool:
@@ -235,6 +247,8 @@ def _fits(value: Any, annotation: Any) -> bool:
 def _is_of(value: Any, kind: Any) -> bool:
     if get_origin(kind) is list:
         return isinstance(value, ListConfig) and all(_fits(item, *get_args(kind)) for item in value)
+    if _is_built(kind):
+        return isinstance(value, DictConfig) and "_target_" in value
     if get_origin(kind) in MANY:
         return isinstance(value, DictConfig if get_origin(kind) is Mapping else ListConfig)
     if kind not in PLAIN and kind is not type(None):

@@ -93,11 +93,6 @@ class ActorCritic(LearningMethod):
         **loop: Any,
     ) -> None:
         super().__init__(**loop)
-        if temperature is not None and not callable(temperature):
-            raise ValueError(
-                f"temperature={temperature}: expected a component, with its _target_, or null; where an experiment "
-                "sets parts of what a module has none of, as td3 of a temperature, add module.temperature=null."
-            )
         self.encoder = encoder(observation_shape)
         self.critic = Critics(self.encoder.features, action_dim, quantiles, members, critic, trunk)
         self.actor = actor(self.encoder.features, action_dim, **({} if trunk is None else {"trunk": trunk}))

@@ -220,7 +220,7 @@ def test_hidden_files_are_no_experiments(tmp_path):
         ),
         (
             "defaults: [fb_overdrive]\nlogger: {mine: 3}\n",
-            "logger.mine: expected what to build, with a _target_, found 3; leave it out with logger.mine=null.",
+            "logger.mine: expected a part with its _target_, found 3; leave it out with logger.mine=null.",
         ),
         ("x: [\ny: 3", 'while parsing a flow sequence: in "'),
     ],

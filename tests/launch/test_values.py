@@ -1,7 +1,7 @@
 """Configuration values against what they are given to."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
@@ -45,6 +45,8 @@ class Ranged:
         scale: Positive = 1.0,
         sizes: Sequence[Size] = (),
         shares: Mapping[str, Share] | None = None,
+        part: Callable[..., object] | None = None,
+        parts: Sequence["Ranged"] = (),
     ) -> None: ...
 
 
@@ -89,6 +91,27 @@ def test_what_is_not_taken_is_named(target, message):
         (f"{__name__}.Ranged", {"count": 0}, r"part.inner.count=0: expected at least 1\."),
         (f"{__name__}.Ranged", {"count": "two"}, r"part.inner.count=two: expected a whole number or null\."),
         (f"{__name__}.Ranged", {"sizes": [1, 0]}, r"part.inner.sizes\[1\]=0: expected at least 1\."),
+        (f"{__name__}.Ranged", {"part": 3}, r"part.inner.part=3: expected a part with its _target_ or null\."),
+        (
+            f"{__name__}.Ranged",
+            {"part": {"share": 1}},
+            r"part.inner.part=.*: expected a part with its _target_ or null; part.inner.part=null leaves it out\.",
+        ),
+        (
+            "components.control.actors.DeterministicActor",
+            {"network": None},
+            r"part.inner.network=null: expected a part w.*",
+        ),
+        (
+            "lightning_modules.actor_critic.ActorCritic",
+            {"temperature": {"initial": 0.1}},
+            r"part.inner.temperature=.*_target_ or null; part.inner.temperature=null leaves it out\.",
+        ),
+        (
+            "lightning_modules.actor_critic.ActorCritic",
+            {"pessimism": 3},
+            r"part.inner.pessimism=3: expected a part w.*",
+        ),
         (f"{__name__}.Ranged", {"sizes": "12"}, r"part.inner.sizes=12: expected a list\."),
         (f"{__name__}.Ranged", {"shares": 3}, r"part.inner.shares=3: expected KEY: VALUE pairs, .* or null\."),
         (f"{__name__}.Ranged", {"shares": {"a": -1}}, r"part.inner.shares.a=-1: expected at least 0\."),

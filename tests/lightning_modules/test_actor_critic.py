@@ -322,11 +322,6 @@ def test_rules_that_would_broadcast_are_named(monkeypatch, transitions, use, sha
         made.update(transitions(32))
 
 
-def test_parts_of_a_temperature_alone_make_none():
-    with pytest.raises(ValueError, match=r"temperature=.*initial.*: expected a component"):
-        agent(temperature={"initial": 0.1})
-
-
 # -- the schedule -------------------------------------------------------------------------------------------------
 
 
