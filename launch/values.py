@@ -6,6 +6,7 @@ import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from traceback import walk_tb
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -35,7 +36,7 @@ RANGES = {
     },
 }
 
-PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
 MANY = {list: "a list", tuple: "a list", Sequence: "a list", Mapping: "KEY: VALUE pairs, as in {KEY: VALUE}"}
 
 
@@ -70,10 +71,13 @@ def _check_protocol(protocol: Any, key: str, environment: str | None) -> None:
     """The same for a protocol of evaluation: what it has beside rewards are arguments of the environment.
 
     Raises:
-        ValueError: it has no rewards.
+        ValueError: it has no rewards, or they are not texts.
     """
-    if not isinstance(protocol, DictConfig) or "rewards" not in protocol:
-        raise ValueError(f"{key}: expected rewards, a list or expressions by their names, found {protocol}.")
+    rewards = protocol.get("rewards") if isinstance(protocol, DictConfig) else None
+    named = list(rewards.values()) if isinstance(rewards, DictConfig) else rewards
+    if not isinstance(named, list | ListConfig) or not all(isinstance(reward, str) for reward in named):
+        found = protocol if rewards is None else f"rewards={rewards}"
+        raise ValueError(f"{key}: expected rewards, a list or expressions by their names, found {found}.")
     arguments = OmegaConf.to_container(protocol, resolve=True)
     arguments.pop("rewards")
     check_values(OmegaConf.create({"_target_": environment, **arguments}), key)
@@ -255,4 +259,4 @@ def _is_of(value: Any, kind: Any) -> bool:
         return True
     if isinstance(value, bool):
         return kind is bool
-    return isinstance(value, kind) or (kind is float and isinstance(value, int))
+    return isinstance(value, str if kind is Path else kind) or (kind is float and isinstance(value, int))

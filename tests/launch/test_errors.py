@@ -148,6 +148,13 @@ def test_results_that_others_are_made_of_stay(tmp_path):
             1,
             ["datamodule.protocols.x: expected rewards, a list or expressions"],
         ),
+        (
+            ["datamodule.protocols.goals.rewards=3"],
+            1,
+            ["datamodule.protocols.goals: expected rewards, a list or expressions by their names, found rewards=3"],
+        ),
+        (["datamodule.protocols.goals.rewards=[1]"], 1, ["found rewards=[1]"]),
+        (["callbacks.results.folder=3"], 1, ["callbacks.results.folder=3: expected a text or a path"]),
         (["module.learning_rate=1e30"], 1, ["module.learning_rate=1e+30: expected at most 100"]),
         (["threads=0"], 1, ["threads=0"]),
         (["threads=abc"], 1, ["threads=abc: expected a whole number or null"]),
