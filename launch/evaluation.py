@@ -22,7 +22,7 @@ from components.checks import Positive, Size, check_range
 from components.wording import counted
 from launch.errors import CommandLineError
 from launch.files import write_json
-from launch.overrides import program
+from launch.overrides import command, program
 from launch.recipes import find_checkpoint, find_checkpoints, rebuild, study_of
 from launch.report import write_evaluation
 from launch.runs import check_inside, new_folder, remove_empty_folders
@@ -120,8 +120,8 @@ def main() -> None:
         remove_empty_folders()
     write_json(folder / "evaluation.json", {**given, "ckpt_path": str(path)})
     whole = {**given, "ckpt_path": path.resolve()}
-    command = [f"{key}={value}" for key, value in whole.items() if value != DEFAULTS[key]]
+    arguments = [f"{key}={value}" for key, value in whole.items() if value != DEFAULTS[key]]
     title = f"{recipe['experiment']} after {counted(module.updates, 'update')}"
     rewards = getattr(datamodule, "rewards", {})  # language models and images have none
-    print(write_evaluation(title, f"{program('evaluate')} {shlex.join(command)}", rewards, folder))
+    print(write_evaluation(title, command("evaluate", arguments, trust), rewards, folder))
     print(folder)

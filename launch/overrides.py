@@ -1,5 +1,6 @@
 """The text of overrides: what they set, and how they are written so that Hydra and a shell read what is meant."""
 
+import os
 import re
 import shlex
 import sys
@@ -52,9 +53,14 @@ def quoted(text: str) -> str:
     return QuotedString(escaped, Quote.double).with_quotes()
 
 
-def train_command(*overrides: str) -> str:
-    """The command that trains with these overrides, as it can be pasted into a shell."""
-    return f"{program('train')} {shlex.join(overrides)}"
+def command(name: str, arguments: Sequence[str], packages: Collection[str] = ()) -> str:
+    """The command that trains or evaluates with these arguments, as it can be pasted into a shell.
+
+    Args:
+        packages: a person's own, which Python has to find.
+    """
+    found_by = os.environ.get("PYTHONPATH") if packages else None
+    return f"{f'PYTHONPATH={shlex.quote(found_by)} ' if found_by else ''}{program(name)} {shlex.join(arguments)}"
 
 
 def program(name: str) -> str:

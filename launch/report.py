@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from components.wording import counted, size
 from launch.curves import draw_curves
 from launch.files import COMPLETION_RESULTS, REFERENCE_RESULTS, read_json, read_results, write_json, write_text
-from launch.overrides import NEUTRAL, departures, train_command
+from launch.overrides import NEUTRAL, command, departures
 from launch.resumptions import sentences
 from launch.statistics import LEVEL, RESAMPLES, bootstrap_interval, interquartile_mean
 
@@ -37,6 +37,7 @@ def write_report(
     folder: Path,
     remarks: Sequence[str] = (),
     resumed: Sequence[Mapping[str, Any]] = (),
+    packages: Collection[str] = (),
 ) -> None:
     """Summarise the runs of an experiment, which `overrides` composed, in its folder.
 
@@ -46,6 +47,7 @@ def write_report(
     Args:
         remarks: what is to be said of these very runs, beside the experiment's notes.
         resumed: what was changed while they were made, see `launch.resumptions.RESUMED`.
+        packages: a person's own that they are made of.
     """
     results = {run: read_results(run.results) for run in runs}
     seeds = sorted({run.seed for run in runs})
@@ -72,14 +74,15 @@ def write_report(
     }
     write_json(folder / "results.json", summary)
     curves = draw_curves(config, runs, arms, folder)
-    write_text(folder / "report.md", _markdown(config, overrides, remarks, summary, results, curves, folder))
+    made_by = command("train", overrides, packages)
+    write_text(folder / "report.md", _markdown(config, overrides, made_by, remarks, summary, results, curves, folder))
 
 
-def write_evaluation(title: str, command: str, rewards: Mapping[str, Mapping[str, str]], folder: Path) -> str:
+def write_evaluation(title: str, made_by: str, rewards: Mapping[str, Mapping[str, str]], folder: Path) -> str:
     """The report of one evaluated checkpoint in its folder, beside its results.json; returns the table in it.
 
     Args:
-        command: what made it.
+        made_by: the command.
         rewards: tasks or expressions, by protocol and name.
     """
     result = read_results(folder / "results.json")
@@ -87,7 +90,7 @@ def write_evaluation(title: str, command: str, rewards: Mapping[str, Mapping[str
     for name, values in result["metrics"].items():
         spread = _spread(values, "episodes")
         table.append(f"| {name} | {_cell(spread)} | {spread['n']} |")
-    lines = [f"# {title}", "", "```bash", command, "```", ""]
+    lines = [f"# {title}", "", "```bash", made_by, "```", ""]
     for protocol, named in rewards.items():
         each = [f"`{name}`" if name == reward else f"`{name}`, which is `{reward}`" for name, reward in named.items()]
         lines += [f"From the starts of `{protocol}`: {'; '.join(each)}.", ""]
@@ -149,6 +152,7 @@ def _made_by(results: Mapping[Any, Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _markdown(
     config: DictConfig,
     overrides: Sequence[str],
+    made_by: str,
     remarks: Sequence[str],
     summary: Mapping[str, Any],
     results: Mapping[Any, Mapping[str, Any]],
@@ -156,7 +160,7 @@ def _markdown(
     folder: Path,
 ) -> str:
     arms, seeds, runs = summary["arms"], summary["seeds"], list(results)
-    lines = [f"# {config.name}", "", config.summary, "", "```bash", train_command(*overrides), "```", ""]
+    lines = [f"# {config.name}", "", config.summary, "", "```bash", made_by, "```", ""]
     for sentence in sentences(summary["resumed"], len(runs)):
         lines += [sentence, ""]
     named = f"Seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"

@@ -33,7 +33,7 @@ from launch.errors import CommandLineError, Stopped
 from launch.experiments import options_with
 from launch.files import read_results, write_json
 from launch.objectives import metrics_meant, objective_known, objective_value
-from launch.overrides import SEARCH_PATH, TYPED, given_value, override_key, quoted, train_command
+from launch.overrides import SEARCH_PATH, TYPED, command, given_value, override_key, quoted
 from launch.recipes import RUN_FOLDERS, check_targets, check_writes, foreign_packages, moved, only_checkpoint
 from launch.report import REFERENCES, write_report
 from launch.resumptions import PARTS, changes, history, in_words, leaves
@@ -182,15 +182,20 @@ def _run_study(folder: Path, overrides: list[str], typed: Sequence[str]) -> floa
                 done = {each.arm: read_results(each.results)["metrics"] for each in runs if each.results.exists()}
                 if done.keys() == _arms(config).keys():
                     metrics_meant(config.objective, done)
-        _finish(config, overrides, runs, folder)
+        _finish(config, overrides, configs, folder)
     except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns Ctrl-C into the latter
         begun = (folder / RUN_FILE).exists()
-        packages = set().union(*(foreign_packages(_parts(own)) for own in configs.values()))
+        packages = _own_packages(configs)
         trusting = [f"trust=[{','.join(sorted(packages))}]"] if packages else []
-        command = train_command(f"ckpt_path={quoted(str(folder))}", *trusting)
-        advice = f"Go on with: {command}" if begun else "Nothing was written."
+        again = command("train", [f"ckpt_path={quoted(str(folder))}", *trusting], packages)
+        advice = f"Go on with: {again}" if begun else "Nothing was written."
         raise Stopped(f"Stopped. {advice}", stop.code if isinstance(stop, SIGTERMException) else 130) from None
     return None if config.objective is None else objective_value(config.objective, folder, _arms(config))
+
+
+def _own_packages(configs: Mapping[Run, DictConfig]) -> set[str]:
+    """A person's own, of which something is built in one of the runs."""
+    return set().union(*(foreign_packages(_parts(own)) for own in configs.values()))
 
 
 def _parts(config: DictConfig) -> dict[str, Any]:
@@ -499,8 +504,9 @@ def _replaced(config: DictConfig, overrides: list[str]) -> list[str]:
 
 
 @rank_zero_only
-def _finish(config: DictConfig, overrides: list[str], runs: list[Run], folder: Path) -> None:
+def _finish(config: DictConfig, overrides: list[str], configs: Mapping[Run, DictConfig], folder: Path) -> None:
     kept = lasting(_kept(overrides))
-    write_report(config, kept, runs, folder, _replaced(config, kept), read_resumed(folder))
+    remarks, resumed, packages = _replaced(config, kept), read_resumed(folder), _own_packages(configs)
+    write_report(config, kept, list(configs), folder, remarks, resumed, packages)
     print((folder / "report.md").read_text())
     print(folder)

@@ -6,7 +6,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from launch.overrides import given_value, override_key, program, quoted, train_command
+from launch.overrides import command, given_value, override_key, program, quoted
 
 PATHS = [
     "/runs/2026-11-22_12-00-00-123456/last.ckpt",
@@ -30,7 +30,7 @@ PATHS = [
 
 
 def test_commands_can_be_pasted_into_a_shell():
-    commands = [train_command("experiment=x", f"ckpt_path={quoted(path)}") for path in PATHS]
+    commands = [command("train", ["experiment=x", f"ckpt_path={quoted(path)}"]) for path in PATHS]
     script = "python() { printf '%s\\0' \"${@: -1}\"; }\n" + "\n".join(commands)
     printed = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
     for path, argument in zip(PATHS, printed.split("\0")[:-1], strict=True):
@@ -53,12 +53,21 @@ def test_commands_can_be_pasted_into_a_shell():
 )
 def test_programs_are_named_as_they_are_called(called, train, evaluate, monkeypatch):
     monkeypatch.setattr("sys.argv", [called, "x=1"])
-    assert train_command("a=b c") == f"{train} 'a=b c'"
+    assert command("train", ["a=b c"]) == f"{train} 'a=b c'"
     assert program("evaluate") == evaluate
 
 
+def test_packages_of_ones_own_are_found_where_they_were(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    monkeypatch.setenv("PYTHONPATH", "my code:/lib")
+    assert command("train", ["a=1"], {"mine"}) == "PYTHONPATH='my code:/lib' python train.py a=1"
+    assert command("train", ["a=1"]) == "python train.py a=1"
+    monkeypatch.delenv("PYTHONPATH")
+    assert command("train", ["a=1"], {"mine"}) == "python train.py a=1"
+
+
 def test_simple_paths_are_not_quoted():
-    assert train_command(f"ckpt_path={quoted(PATHS[0])}") == f"python train.py ckpt_path={PATHS[0]}"
+    assert command("train", [f"ckpt_path={quoted(PATHS[0])}"]) == f"python train.py ckpt_path={PATHS[0]}"
 
 
 @pytest.mark.parametrize(

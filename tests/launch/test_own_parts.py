@@ -5,11 +5,12 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from callbacks.run_log import read_rows
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods" / "pixels.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 SMALL = (
     "module.updates=40",
     "module.log_every=4",
@@ -30,7 +31,7 @@ SMALL = (
 @pytest.fixture(scope="module")
 def documented(tmp_path_factory) -> tuple[str, list[str]]:
     """The page's module and the arguments of its last command."""
-    page = PAGE.read_text()
+    page = (DOCS / "methods" / "pixels.md").read_text()
     folder = tmp_path_factory.mktemp("own")
     (folder / "my_encoders.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)))
     command = re.findall(r"```bash\nPYTHONPATH=\. python train\.py (.*?)```", page, re.DOTALL)[-1]
@@ -46,3 +47,37 @@ def test_an_encoder_with_a_loss_of_its_own_learns(program, documented, monkeypat
     assert results["provenance"]["versions"]["my_encoders"] == "unknown"  # a file in no repository
     _, rows = read_rows(finished.folder / "alix_cartpole" / "seed_0" / "train.csv")
     assert float(rows[-1]["encoder_loss"]) < 0.7 * float(rows[0]["encoder_loss"])
+
+
+def test_a_method_and_an_experiment_in_a_package_of_ones_own(program, monkeypatch, tmp_path):
+    page = (DOCS / "architecture.md").read_text()
+    for name, text in re.findall(r"```\w+\n# ((?:my_methods|conf/\S+)\.\w+)\n(.*?)```", page, re.DOTALL):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (command,) = re.findall(r"```bash\nPYTHONPATH=\. python train\.py (.*conservative.*)\n```", page)
+    random = np.random.default_rng(0)
+    rows = {"observations": random.normal(size=(400, 3)), "actions": random.uniform(-1, 1, (400, 2))}
+    ends = {"terminals": np.zeros(400), "timeouts": np.arange(400) % 50 == 49, "rewards": rows["actions"][:, 0]}
+    np.savez(tmp_path / "FILE.npz", **rows, **ends)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    small = (
+        "module.updates=200",
+        "module.log_every=50",
+        "datamodule.evaluate_every=100",
+        "module.critic.hidden_dim=32",
+        "module.critic_learning_rate=3e-3",
+        "module.actor_learning_rate=3e-3",
+        "module.temperature=null",
+    )
+    finished = program(*shlex.split(command.replace("=FILE", "=FILE.npz")), *small)
+    assert finished.code == 0, finished.err
+    report = (finished.folder / "report.md").read_text()
+    assert f"\nPYTHONPATH={tmp_path} python train.py 'hydra.searchpath=" in report
+    gaps = {}
+    for arm in ("conservative", "plain"):
+        _, rows = read_rows(finished.folder / arm / "seed_0" / "train.csv")
+        gaps[arm] = float(rows[-1]["value_gap"])
+    assert not (finished.folder / "sac_n").exists()
+    assert gaps["conservative"] < gaps["plain"] - 0.1
