@@ -47,7 +47,8 @@ def test_sigterm_ends_an_evaluation_within_seconds_and_it_is_made_again(
     (folder,) = (tmp_path / "fb_overdrive").iterdir()
     assert not (folder / ARM / "seed_0" / "eval.csv").exists()  # it was the first evaluation, and had not ended
     assert process.returncode == 143
-    assert err == f"Stopped. Go on with: python train.py ckpt_path={folder} 'trust=[tests]'\n"
+    found_by = Path(__file__).resolve().parents[2]
+    assert err == f"Stopped. Go on with: PYTHONPATH={found_by} python train.py ckpt_path={folder} 'trust=[tests]'\n"
 
     refused = program(f"ckpt_path={folder}")
     assert (refused.code, refused.err.count("\n")) == (1, 1)
