@@ -198,8 +198,8 @@ def _report(error: BaseException) -> tuple[int, str] | None:
         how_much = f" ({asked[0]})" if asked else ""
         return 1, f"Out of memory{how_much}: smaller networks, batches or numbers of environments take less."
     if isinstance(error, OSError) and error.errno is not None:
-        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
-        return 1, f"{where}expected to read or write it, found: {error.strerror}."
+        where = "a file or pipe" if error.filename is None else os.fsdecode(error.filename)
+        return 1, f"{where}: expected to read or write it, found: {error.strerror}."
     if isinstance(error, ValueError | OSError):
         return 1, f"{_one_line(error)}."
     return None

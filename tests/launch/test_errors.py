@@ -297,6 +297,13 @@ def test_memory_that_is_not_there_is_one_sentence(allocate):
     )
 
 
+def test_what_reads_no_further_is_one_sentence():
+    assert _report(BrokenPipeError(32, "Broken pipe")) == (
+        1,
+        "a file or pipe: expected to read or write it, found: Broken pipe.",
+    )
+
+
 def test_memory_that_python_itself_is_refused_is_one_sentence():
     assert _report(MemoryError()) == (
         1,
