@@ -162,18 +162,36 @@ def check_recipe(
         if name.startswith("_") or not all(isinstance(size, int | float | str) for size in sizes):
             raise ValueError(f"ckpt_path={path}: expected sizes in its spec, found {name}={value!r:.80}.")
         check_targets(value, f"ckpt_path={path}", key=f"spec.{name}")
-    for part in parts:
-        for key, called, arguments in check_targets(recipe[part], f"ckpt_path={path}", trust, key=part):
-            name = getattr(called, MARK, None)
-            folder = None if name is None else arguments.get(name)
-            within = folder is None or any(
-                Path(str(folder)).resolve().is_relative_to(each.resolve()) for each in writable
+    called = [each for part in parts for each in check_targets(recipe[part], f"ckpt_path={path}", trust, key=part)]
+    writers = [each for each in called if getattr(each[1], MARK, None) is not None]
+    for key, _, arguments in writers:
+        if "_args_" in arguments or arguments["_target_"] in LOOK_UPS:
+            raise ValueError(
+                f"ckpt_path={path}: {key} may be written to: expected arguments by their names, found {arguments}."
             )
-            if not within or (name is not None and "_args_" in arguments):
+    # What is given later may come from elsewhere in the recipe, as arguments of an environment from a protocol.
+    names = {getattr(made, MARK) for _, made, _ in writers}
+    for part in ("spec", *parts):
+        for key, folder in _leaves(recipe[part], part):
+            within = any(Path(str(folder)).resolve().is_relative_to(each.resolve()) for each in writable)
+            if key.rpartition(".")[2] in names and not within:
                 raise ValueError(
-                    f"ckpt_path={path}: {key}.{name}={folder} may be written to: expected a folder in "
+                    f"ckpt_path={path}: {key}={folder} may be written to: expected a folder in "
                     f"data_root={writable[0]}; name yours by data_root=FOLDER."
                 )
+
+
+def _leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Keys and values of what is neither a dictionary, a list nor None, without what look-ups look up."""
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            if node.get("_target_") not in LOOK_UPS:
+                yield from _leaves(value, f"{key}.{name}")
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from _leaves(value, key)
+    elif node is not None:
+        yield key, node
 
 
 def check_targets(
@@ -229,9 +247,11 @@ def check_writes(
         typed: keys whose values a person has typed, who may have anything written anywhere.
     """
     for key, made, arguments in called:
+        writes = inspect.isclass(made) and issubclass(made, WRITERS)
+        if writes and (arguments["_target_"] in LOOK_UPS or arguments.get("_partial_")):  # to be given more elsewhere
+            raise ValueError(f"{where}: {key}: expected a {made.__name__} that is built where it stands, found none.")
         if not inspect.isclass(made) or arguments["_target_"] in LOOK_UPS:
             continue
-        writes = issubclass(made, WRITERS)
         named = ("folder", "path", "dir") if writes else getattr(made, "writes", ())
         if writes and "_args_" in arguments:
             raise ValueError(f"{where}: {key}: expected arguments by their names, found {arguments['_args_']}.")

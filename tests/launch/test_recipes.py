@@ -1,5 +1,7 @@
 """What a checkpoint may have built on its word, and what it may not."""
 
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -190,6 +192,46 @@ def test_only_folders_of_the_evaluation_are_written_to(tmp_path, target, argumen
             check(**{argument: str(folder)})
     with pytest.raises(ValueError, match="may be written to"):
         check(_args_=["/"])
+
+
+LATER = {"_target_": "datamodules.stored.exploration.exploration_dataset", "_partial_": True}
+GYM = "datamodules.environments.gymnasium.GymnasiumEnv"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"datamodule": {"environment": {"_target_": GYM, "id": LATER, "options": {"root": "{}"}}}}, "options.root={}"),
+        ({"datamodule": {"environment": LATER, "protocols": {"x": {"root": "{}"}}}}, "protocols.x.root={}"),
+        ({"module": {"part": LATER, "parts": [{"given": {"root": "{}"}}]}}, "module.parts.given.root={}"),
+        ({"module": LATER, "spec": {"root": "{}"}}, "spec.root={}"),
+        (
+            {"module": {"part": {"_target_": "hydra.utils.get_method", "path": LATER["_target_"]}}},
+            "module.part may be written to: expected arguments by their names",
+        ),
+    ],
+)
+def test_what_is_given_later_is_no_way_around(tmp_path, recipe, message):
+    elsewhere = str(tmp_path / "elsewhere")
+    recipe = {"spec": {}, "module": {}, "datamodule": {}, **json.loads(json.dumps(recipe).replace("{}", elsewhere))}
+    with pytest.raises(ValueError, match=re.escape(message.replace("{}", elsewhere))):
+        check_recipe(recipe, Path("last.ckpt"), (), (tmp_path / "data",))
+    if "{}" in message:
+        recipe = json.loads(json.dumps(recipe).replace(elsewhere, str(tmp_path / "data")))
+        check_recipe(recipe, Path("last.ckpt"), (), (tmp_path / "data",))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"_target_": "callbacks.results.Results", "_partial_": True},
+        {"_target_": "hydra.utils.get_class", "path": "callbacks.results.Results"},
+    ],
+)
+def test_callbacks_of_a_run_that_is_gone_on_with_are_built_where_they_stand(tmp_path, part):
+    called = check_targets({"x": part}, "run.yaml", folders=RUN_FOLDERS, key="part")
+    with pytest.raises(ValueError, match=r"^run.yaml: part.x: expected a Results that is built where it stands"):
+        check_writes(called, "run.yaml", tmp_path, ())
 
 
 @pytest.mark.parametrize(
