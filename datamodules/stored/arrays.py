@@ -176,21 +176,32 @@ class Hdf5File(ArrayFile):
 
     def __contains__(self, key: str) -> bool:
         with self._library():
-            return isinstance(self._h5.get(key), h5py.Dataset)
+            return isinstance(self._find(key), h5py.Dataset)
 
     def is_group(self, key: str) -> bool:
         """Whether there are arrays below `key`."""
         with self._library():
-            return isinstance(self._h5.get(key), h5py.Group)
+            return isinstance(self._find(key), h5py.Group)
+
+    def _find(self, key: str) -> h5py.Dataset | h5py.Group | None:
+        """What a key means; links are not followed, for they may lead to another file, or to one that has no end."""
+        found = self._h5
+        for name in key.split("/"):
+            if not isinstance(found, h5py.Group) or not found.id.links.exists(name.encode()):
+                return None
+            if found.id.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
+                raise ValueError(f"{key} is a link")
+            found = found[name]
+        return found
 
     def _describe(self, key: str) -> tuple[tuple[int, ...], np.dtype, int]:
-        array = self._h5[key]
+        array = self._find(key)
         if array.is_virtual or array.external:
             raise ValueError(f"{key} is in another file")
         return array.shape or (), array.dtype, array.id.get_storage_size()
 
     def _read(self, key: str, rows: slice) -> np.ndarray:
-        return self._h5[key][rows]
+        return self._find(key)[rows]
 
 
 def to_float(file: Path, key: str, values: np.ndarray, dtype: type[np.floating] = np.float32) -> np.ndarray:

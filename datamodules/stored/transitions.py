@@ -297,7 +297,7 @@ def _open_npy(path: Path, stored: dict[str, Any]) -> Tensor:
         if not is_damage(error):
             raise
         raise ValueError(f"{path}: expected an array in .npy format, found something else ({error}).") from error
-    if list(array.shape) != stored["shape"] or str(array.dtype) != stored["dtype"]:
+    if list(array.shape) != stored["shape"] or str(array.dtype) != stored["dtype"] or not array.flags.c_contiguous:
         raise ValueError(
             f"{path}: expected {stored['dtype']} {stored['shape']} as in {MANIFEST}, "
             f"found {array.dtype} {list(array.shape)}."

@@ -243,6 +243,27 @@ def test_what_claims_more_than_it_has_is_never_made(tmp_path):
         read_own(tmp_path / "own.npz")
 
 
+@pytest.mark.parametrize("place", ["x", "group/x"])
+def test_links_of_hdf5_files_are_not_followed(tmp_path, place):
+    with h5py.File(tmp_path / "other.hdf5", "w") as file:
+        file["group/x"] = file["x"] = numbers(3)
+    os.mkfifo(tmp_path / "endless")  # who opens it waits for ever
+    links = {
+        "away": h5py.ExternalLink(tmp_path / "other.hdf5", "/group" if "/" in place else "x"),
+        "endless": h5py.ExternalLink(tmp_path / "endless", "x"),
+        "within": h5py.SoftLink("/own" if "/" in place else "/own/x"),
+    }
+    for name, link in links.items():
+        with h5py.File(tmp_path / f"{name}.hdf5", "w") as file:
+            file["own/x"] = numbers(3)
+            file[place.split("/")[0]] = link
+        with Hdf5File(tmp_path / f"{name}.hdf5") as file:
+            assert file.shape("own/x", 1) == (3,)
+            assert "missing/x" not in file
+            with pytest.raises(ValueError, match=rf"{name}.hdf5: expected .*{place} is a link"):
+                file.read(place, 1)
+
+
 def test_what_was_never_written_is_what_it_is_filled_with(tmp_path):
     with h5py.File(tmp_path / "x.hdf5", "w") as file:
         file.create_dataset("timeouts", 2_000_000, bool)
