@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -35,6 +36,7 @@ TRACEBACK = "TENFOLD_TRACEBACK"
 MOST_CHARACTERS = 300  # of what others say at length
 LONGEST = 2000  # characters of a sentence, and ...
 END = 400  # ... of what it ends with, if something between is left out
+PATIENCE = 10.0  # seconds in which the first process, refused as others were, has said so
 TECHNICAL = re.compile(r"(object|reference)_type=|full_key")
 KEY = re.compile(r"full_key: (\S+)")
 RESOLVING = re.compile(r"\w+ raised while resolving interpolation: ")
@@ -93,10 +95,14 @@ def run_reporting_errors(main: Callable[[], None]) -> int:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # it has been heard; what is left is to end other processes
         if is_first_process():
             print(stop, file=sys.stderr)
+        else:
+            _first_process_ends()
         return stop.code
     except KeyboardInterrupt:
         if is_first_process():
             print("Interrupted.", file=sys.stderr)
+        else:
+            _first_process_ends()
         return 130
     except (Exception, _Escaped) as raised:
         error = raised.__cause__ if isinstance(raised, _Escaped) else raised
@@ -107,6 +113,8 @@ def run_reporting_errors(main: Callable[[], None]) -> int:
     if report is None:
         raise error  # out here it has no more to say than what it was caused by
     code, sentence = report
+    if not is_first_process() and _first_process_ends():  # it was refused too, and has said it
+        return code
     sentence = re.sub(r"(\?|\.\.\.)\.$", r"\1", sentence)  # what others say may end with a mark of its own
     if len(sentence) > LONGEST:  # something that was found is said whole
         sentence = f"{sentence[: LONGEST - END]} ... {sentence[-END:]}"
@@ -133,6 +141,17 @@ def leave(code: int) -> NoReturn:
 
 def is_first_process() -> bool:
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+def _first_process_ends() -> bool:
+    """Give the process that has started this one time to say what it has to say, and tell whether it has ended.
+
+    As soon as one of the others fails, Lightning kills the first.
+    """
+    parent, until = os.getppid(), time.monotonic() + PATIENCE
+    while os.getppid() == parent and time.monotonic() < until:
+        time.sleep(0.05)
+    return os.getppid() != parent
 
 
 def _report(error: BaseException) -> tuple[int, str] | None:

@@ -27,6 +27,11 @@ def override_key(override: str) -> str:
     return override.split("=", 1)[0].lstrip("+~")
 
 
+def sets_hydra(override: str) -> bool:
+    """Whether an override is of Hydra itself, which would call what it is told before anything is checked."""
+    return "hydra" in re.split(r"[/@.:]", override_key(override))
+
+
 def departures(overrides: Sequence[str], neutral: Collection[str]) -> list[str]:
     """Those overrides whose first word is none of the neutral ones: where a run departs from the experiment.
 

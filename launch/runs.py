@@ -1,7 +1,6 @@
 """Where runs live, and how the one to resume is found."""
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -9,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from components.files import locking, read_text
 from components.structure import check_structure
 from launch.experiments import is_group
 from launch.files import write_text
-from launch.overrides import SEARCH_PATH, given_value, override_key
+from launch.overrides import SEARCH_PATH, given_value, override_key, sets_hydra
 from launch.resumptions import RESUMED
 
 RUN_FILE = "run.yaml"
@@ -85,9 +86,12 @@ def read_overrides(folder: Path) -> list[str]:
     path = folder / RUN_FILE
     overrides = _read(path)["overrides"]
     for override in overrides:
+        try:
+            OverridesParser.create().parse_override(override)
+        except HydraException as error:  # on the command line that is made of them it may be an option of Hydra's
+            raise ValueError(f"{path}: expected overrides as they are typed, found {override!r:.80}.") from error
         key = override_key(override)
-        # What Hydra is told it would call before anything is checked.
-        if key == "trust" or (key != SEARCH_PATH and "hydra" in re.split(r"[/@.:]", key)):
+        if key == "trust" or (key != SEARCH_PATH and sets_hydra(override)):
             raise ValueError(f"{path}: expected what a run is made of, found {key}, which only a person may set.")
     return overrides
 

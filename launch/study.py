@@ -33,7 +33,7 @@ from launch.errors import CommandLineError, Stopped
 from launch.experiments import options_with
 from launch.files import read_results, write_json
 from launch.objectives import metrics_meant, objective_known, objective_value
-from launch.overrides import SEARCH_PATH, TYPED, command, given_value, override_key, quoted
+from launch.overrides import SEARCH_PATH, TYPED, command, given_value, override_key, quoted, sets_hydra
 from launch.recipes import RUN_FOLDERS, check_targets, check_writes, foreign_packages, moved, only_checkpoint
 from launch.report import REFERENCES, write_report
 from launch.resumptions import PARTS, changes, history, in_words, leaves
@@ -460,6 +460,8 @@ def _arms(config: DictConfig) -> dict[str, list[str]]:
             raise CommandLineError(
                 f"arms.{name}={overrides}: expected null, or a list of overrides such as ['module.updates=1000']."
             )
+        for override in filter(sets_hydra, overrides or ()):
+            raise CommandLineError(f"arms.{name}: expected overrides of this experiment, found {override} of Hydra.")
     return {name: overrides for name, overrides in (arms or {}).items() if overrides is not None} or {config.name: []}
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from omegaconf import OmegaConf
 
 from callbacks.run_log import read_rows
+from launch import errors
 from launch.checkpoints import AtomicCheckpointIO, load_checkpoint
 from launch.errors import _report
 from launch.files import write_json
@@ -309,6 +311,32 @@ def test_memory_that_python_itself_is_refused_is_one_sentence():
         1,
         "Out of memory: smaller networks, batches or numbers of environments take less.",
     )
+
+
+@pytest.mark.parametrize("also", [True, False])
+def test_of_several_processes_the_first_says_what_all_are_refused_for(monkeypatch, tmp_path, also):
+    """Lightning kills the first as soon as another has failed: the others wait, and speak where it does not end."""
+
+    def refused():
+        raise ValueError("x=1: expected 2.")
+
+    monkeypatch.setattr(errors, "PATIENCE", 20.0 if also else 0.2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    reading, writing = os.pipe()
+    if os.fork() == 0:  # the first process
+        if os.fork() == 0:
+            sys.stderr = open(tmp_path / "err", "w")
+            code = errors.run_reporting_errors(refused)
+            sys.stderr.close()
+            os.write(writing, bytes([code]))
+            os._exit(0)
+        if not also:
+            os.read(reading, 0)
+            time.sleep(10)
+        time.sleep(0.2)
+        os._exit(1)
+    assert os.read(reading, 1) == b"\x01"
+    assert ("x=1: expected 2." in (tmp_path / "err").read_text()) is not also
 
 
 def test_two_programs_are_not_at_one_run(program, half):
