@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from components.checks import Count, checked
+from components.networks.states import not_finite
 from components.wording import counted, size
 
 
@@ -58,10 +58,8 @@ class Checkpoint(L.Callback):
     def _save(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         module.training_metrics()  # raises if they are not finite
         saved = module.state_dict()  # without what never changes, such as a pretrained model
-        weights = {name: parameter for name, parameter in module.named_parameters() if name in saved}
-        norms = torch.stack(torch._foreach_norm(list(weights.values()))) if weights else torch.zeros(1)
-        if not norms.isfinite().all():
-            name = list(weights)[int(norms.isfinite().int().argmin())]
+        name = not_finite(saved, {name for name, _ in module.named_parameters()})
+        if name is not None:
             raise ValueError(
                 f"{name} is not finite after {module.updates} updates: expected finite weights; no checkpoint was "
                 "taken of them."

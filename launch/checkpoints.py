@@ -4,20 +4,21 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import Tensor
 
 from components.files import check_file, is_damage, naming, replacing
 from components.structure import COUNT, NUMBER, check_structure
+from launch.files import RECIPE
 
 LAST = "last.ckpt"
-RECIPE = {"experiment": str, "study": (str, None), "spec": {str: object}, "module": dict, "datamodule": dict}
 CHECKPOINT = {
-    "pytorch-lightning_version": str,
     "state_dict": {str: Tensor},
-    "optimizer_states": [{"state": {int: dict}, "param_groups": [{"params": [COUNT]}]}],
+    "optimizer_states": [{"state": {int: dict}, "param_groups": [{"params": [COUNT]}]}],  # the rest is compared with the optimisers
     "lr_schedulers": list,
+    "callbacks": {str: dict},
     "learning_method": {
         "class": str,
         "recipe": (None, RECIPE),
@@ -66,7 +67,10 @@ def load_checkpoint(path: str | Path, key: str = "ckpt_path") -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or "learning_method" not in checkpoint:
         raise ValueError(f"{key}={path}: expected a checkpoint of this project, found another file.")
     check_structure(checkpoint, CHECKPOINT, f"{key}={path}")
-    return checkpoint
+    # Lightning would go by what else it knows of: its own counters, which are not kept, and who wrote them.
+    others = {name: value for name, value in checkpoint.items() if name in CHECKPOINT or isinstance(value, dict)}
+    others.pop("loops", None)
+    return {**others, "pytorch-lightning_version": L.__version__}
 
 
 def _check_archive(path: Path) -> None:

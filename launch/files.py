@@ -7,7 +7,9 @@ from typing import Any
 from components.files import read_text, replacing
 from components.structure import COUNT, NUMBER, check_structure
 
-METRICS = {str: [NUMBER]}
+METRICS = {str: [NUMBER, ...]}
+RECIPE = {"experiment": str, "study": (str, None), "spec": {str: object}, "module": dict, "datamodule": dict}
+"""What a method and its data were made of."""
 PROVENANCE = {
     "code": str,
     "versions": {str: str},
@@ -17,7 +19,7 @@ RESULTS = {
     "updates": COUNT,
     "seconds": NUMBER,
     "metrics": METRICS,
-    "recipe": (None, {str: object}),
+    "recipe": (None, RECIPE),
     "provenance": (None, PROVENANCE),
 }
 """Of one run or evaluation."""

@@ -4,6 +4,7 @@ import os
 import random
 import time
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from components.checks import Count, CountOrZero, Share, Size, checked
 from components.distributed import average_, rank, world_size
-from components.networks.states import difference, select, words
+from components.networks.states import difference, not_finite, select, words
 
 # Lightning asks for GPUs to be counted through NVML, and optimisers count them at every step: that would cost each step
 # 0.2 ms on a machine without a GPU.
@@ -185,6 +186,9 @@ class LearningMethod(L.LightningModule, ABC):
                     for group in optimizer.param_groups:
                         group["capturable"] = True
                         group["lr"] = torch.as_tensor(group["lr"], device=self.device)
+                    for state in optimizer.state.values():  # of a checkpoint
+                        if "step" in state:
+                            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=self.device)
                 self._compiled_updates[key] = CudaGraphModule(self._compiled_updates[key])
         return self._compiled_updates[key](batch)
 
@@ -344,9 +348,7 @@ class LearningMethod(L.LightningModule, ABC):
         differing = difference(checkpoint["state_dict"], self.state_dict())
         if differing is not None:
             raise ValueError(f"{differing}.")
-        for name, _ in self.named_parameters():
-            if name in checkpoint["state_dict"] and not checkpoint["state_dict"][name].isfinite().all():
-                raise ValueError(f"The checkpoint's {name} is not finite, expected finite weights.")
+        self._check_finite(checkpoint["state_dict"])
         self._check_optimizers(checkpoint.get("optimizer_states", []))
         for process in checkpoint["learning_method"]["processes"]:
             _check_random_state(process["random"])
@@ -355,18 +357,30 @@ class LearningMethod(L.LightningModule, ABC):
                 if not isinstance(total, Tensor) or total.shape != (len(names),) or not isinstance(count, int):
                     raise ValueError("The checkpoint's tallies: expected names, their sums and a count, found others.")
 
+    def _check_finite(self, state: Mapping[str, Tensor]) -> None:
+        name = not_finite(state, {name for name, _ in self.named_parameters()})
+        if name is not None:
+            raise ValueError(f"The checkpoint's {name} is not finite, expected finite weights.")
+
     def _check_optimizers(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Raise a ValueError if optimiser states are not of this method's optimisers."""
+        """Raise a ValueError if optimiser states are not of this method's optimisers.
+
+        Fused optimisers go through memory by the sizes of the parameters, whatever those of their own tensors are.
+        """
         own = [sum(len(group["params"]) for group in optimizer.param_groups) for optimizer in self._optimizers]
         found = [[index for group in state["param_groups"] for index in group["params"]] for state in states]
-        if list(map(len, found)) != own:
+        if found != [list(range(count)) for count in own]:
             raise ValueError(f"The checkpoint's optimisers have {list(map(len, found))} parameters, expected {own}.")
-        # Of what shapes an optimiser's state is, and for which parameters it has any, is known to itself alone.
-        for number, (state, indices) in enumerate(zip(states, found)):
-            for index in indices:
-                for name, value in state["state"].get(index, {}).items():
-                    if isinstance(value, Tensor) and not value.isfinite().all():
-                        raise ValueError(f"The checkpoint's {name} of optimiser {number} is not finite.")
+        for number, (state, optimizer) in enumerate(zip(states, self._optimizers)):
+            groups = [(group, parameter) for group in optimizer.param_groups for parameter in group["params"]]
+            kept: dict[tuple[Any, ...], Mapping[str, Any]] = {}  # of parameters that are alike
+            for index, (group, parameter) in enumerate(groups):
+                kind = (id(group), parameter.shape, parameter.dtype)
+                if kind not in kept:
+                    kept[kind] = _what_it_keeps(optimizer, group, parameter)
+                fault = _unlike(state["state"].get(index, {}), kept[kind])
+                if fault is not None:
+                    raise ValueError(f"The checkpoint's optimiser {number}, parameter {index}: {fault}.")
 
     kept: tuple[str, ...] = ()
     """What names of state begin with that `begin_from` leaves: how far a run has come, and what its settings say."""
@@ -388,6 +402,7 @@ class LearningMethod(L.LightningModule, ABC):
             for state in (checkpoint["state_dict"], self.state_dict())
         )
         taken = select(saved, own, parts)
+        self._check_finite(taken)
         self.load_state_dict(taken, strict=False)
         return {
             "taken": words(taken),
@@ -397,6 +412,9 @@ class LearningMethod(L.LightningModule, ABC):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_checkpoint(checkpoint)
+        for state, optimizer in zip(checkpoint["optimizer_states"], self._optimizers):
+            # What is configured holds, as for learning rates: what was when the checkpoint was taken may be changed.
+            state["param_groups"] = optimizer.state_dict()["param_groups"]
         state = checkpoint["learning_method"]
         self.updates, self.env_steps, self.seconds = state["updates"], state["env_steps"], state["seconds"]
         self._process_states = state["processes"]
@@ -405,6 +423,39 @@ class LearningMethod(L.LightningModule, ABC):
         self._tallies = {}
         for names, total, count in tallies:
             self.tally(tuple(names), total.to(self.device), count)
+
+
+def _what_it_keeps(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """The state that an optimiser has of a parameter after one step: shown on another, of zeros."""
+    own = optimizer.param_groups, optimizer.state
+    zeros = torch.zeros_like(parameter, requires_grad=True)
+    zeros.grad = torch.zeros_like(parameter)
+    optimizer.param_groups, optimizer.state = [{**group, "params": [zeros]}], defaultdict(dict)
+    try:
+        optimizer.step()
+        return optimizer.state[zeros]
+    finally:
+        optimizer.param_groups, optimizer.state = own
+
+
+def _unlike(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
+    """How the state of a parameter differs from what its optimiser keeps; None where it does not, or is none yet."""
+    if not found:
+        return None
+    for name in (*expected, *found):
+        kinds = [_kind(each[name]) if name in each else "nothing" for each in (expected, found)]
+        if kinds[0] != kinds[1]:
+            return f"expected {name} to be {kinds[0]}, found {kinds[1]}"
+        if not torch.as_tensor(0 if found[name] is None else found[name]).isfinite().all():
+            return f"expected {name} to be finite, found what is not"
+    return None
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        numbers = "complex " if value.is_complex() else "" if value.is_floating_point() else "whole "
+        return f"{numbers}numbers {list(value.shape)}"
+    return type(value).__name__
 
 
 def _check_random_state(state: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from components.coding.code_models import CategoricalVAE
 from components.coding.code_streams import BitsBack, CodeStream, FixedLength, StaticFrequencies
 from components.coding.vqvae import DiscreteAutoencoder
 from components.files import check_file, is_damage, replacing
+from components.networks.states import not_finite
 
 STREAMS = ("fixed", "static", "bits_back")
 _CHUNK = 500
@@ -126,6 +127,8 @@ class ImageCodec(nn.Module):
             ]
             if shapes[0] != shapes[1]:
                 raise ValueError(f"codec={path}: {name} is {shapes[0]}, expected {shapes[1]}.")
+        if (name := not_finite(state, own)) is not None:
+            raise ValueError(f"codec={path}: {name} is not finite, expected finite weights.")
         self.load_state_dict(state)
         return self.freeze()
 

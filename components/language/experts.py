@@ -20,7 +20,7 @@ from components.language.singular_values import unscaled
 from components.structure import NUMBER, check_structure
 
 FORMAT = "tenfold expert 1"
-_ABOUT = {"base": str, "task": str, "largest": (*NUMBER, None), "rescale": str}
+_ABOUT = {"base": str, "task": str, "largest": (NUMBER, None), "rescale": str}
 
 
 @dataclass

@@ -1,7 +1,9 @@
 """States of modules, as `state_dict` gives them: how two differ, and what one takes of another."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 TARGET = "target_"
@@ -11,12 +13,27 @@ State = Mapping[str, Tensor]
 
 
 def difference(saved: State, own: State) -> str | None:
-    """The first tensor that two states do not have alike, as a clause; None if names and shapes are the same."""
+    """The first tensor that two states do not have alike, as a clause; None if one can be given the values of the other."""
     for name in [*own, *saved]:
         shapes = [str(list(state[name].shape)) if name in state else "nothing" for state in (saved, own)]
         if shapes[0] != shapes[1]:
             return f"The checkpoint's {name} is {shapes[0]}, expected {shapes[1]}"
+        if not torch.can_cast(saved[name].dtype, own[name].dtype):
+            return f"The checkpoint's {name} is of {saved[name].dtype}, expected {own[name].dtype}"
     return None
+
+
+def not_finite(state: State, weights: Collection[str]) -> str | None:
+    """The name of a tensor with a NaN in it, or of weights that are infinite; None if there is none.
+
+    What is no weight may begin at infinity, as the best of all values seen. One reading of the device for all tensors.
+    """
+    floating = {name: tensor.detach() for name, tensor in state.items() if tensor.is_floating_point()}
+    if not floating:
+        return None
+    norms = torch.stack([norm.double() for norm in torch._foreach_norm(list(floating.values()))]).tolist()
+    faults = (name for name, norm in zip(floating, norms) if math.isnan(norm) or (math.isinf(norm) and name in weights))
+    return next(faults, None)
 
 
 def select(saved: State, own: State, parts: Sequence[str] | None = None) -> dict[str, Tensor]:

@@ -1,19 +1,21 @@
 """Checkpoints are whole or absent, and files that are no checkpoints are named as such."""
 
+import math
 import os
 import signal
 import time
 
+import lightning
 import pytest
 import torch
 
 from launch.checkpoints import AtomicCheckpointIO, load_checkpoint
 
 GOOD = {
-    "pytorch-lightning_version": "2",
     "state_dict": {"weight": torch.arange(1000.0)},
     "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"params": [0], "lr": 0.1}]}],
     "lr_schedulers": [],
+    "callbacks": {},
     "learning_method": {
         "class": "Toy",
         "recipe": {"experiment": "x", "study": None, "spec": {}, "module": {}, "datamodule": {}},
@@ -95,7 +97,7 @@ def changed(node, path, change):
     return copied
 
 
-FREE = {"lr", "exp_avg"}  # what optimisers hold is compared with what they would
+FREE = {"lr", "exp_avg"}  # the method takes its own settings, and compares what its optimisers keep
 
 
 @pytest.mark.parametrize("path", [path for path in paths(GOOD) if not FREE & set(path)], ids=str)
@@ -117,6 +119,21 @@ def test_every_part_that_is_missing_or_of_another_type_is_named(tmp_path, path):
             ValueError, match=rf"^ckpt_path={tmp_path}/last.ckpt[^\n]*: expected [^\n]*, found [^\n]*\.$"
         ):
             load_checkpoint(tmp_path / "last.ckpt")
+
+
+@pytest.mark.parametrize("seconds", [math.nan, math.inf, 10**400])
+def test_clocks_are_numbers(tmp_path, seconds):
+    torch.save(changed(GOOD, ("learning_method", "seconds"), lambda n, k: n.update({k: seconds})), tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=r"learning_method.seconds: expected a number, found (nan|inf|10000)"):
+        load_checkpoint(tmp_path / "x.ckpt")
+
+
+def test_what_lightning_would_go_by_is_not_taken_from_a_file(tmp_path):
+    foreign = {"loops": {"fit_loop": 5}, "epoch": "x", "global_step": -1, "pytorch-lightning_version": "abc"}
+    torch.save({**GOOD, **foreign, "SomeDataModule": {"data": {}}}, tmp_path / "x.ckpt")
+    loaded = load_checkpoint(tmp_path / "x.ckpt")
+    assert loaded.pop("pytorch-lightning_version") == lightning.__version__
+    assert loaded.keys() == {*GOOD, "SomeDataModule"}
 
 
 def test_flipped_bits_do_not_load(tmp_path):

@@ -280,16 +280,95 @@ def test_a_run_that_begins_from_another_takes_its_weights_and_no_progress(tmp_pa
     assert torch.equal(method.net.bias, before)
 
 
-def test_moments_have_the_shapes_that_their_optimiser_gives_them(whole):
-    saved, method = load_checkpoint(whole / "10" / "last.ckpt"), fresh()
-    weight = nn.Parameter(method.net.weight.new_ones(4, 3))
-    optimizer = torch.optim.Adafactor([weight, method.net.bias])
-    for parameter in (weight, method.net.bias):
+class Kept(Toy):
+    """With an optimiser of choice, for weights of two shapes."""
+
+    def __init__(self, make) -> None:
+        super().__init__()
+        self.wide = nn.Linear(4, 3)
+        self._optimizers, self._learning_rates = [], []
+        groups = [{"params": [self.net.weight, self.wide.weight]}, {"params": []}, {"params": [self.wide.bias]}]
+        self.optimizer = self.register_optimizer(make(groups))
+
+
+OPTIMIZERS = {
+    "adam": partial(torch.optim.Adam, lr=0.1, fused=True),
+    "amsgrad": partial(torch.optim.AdamW, amsgrad=True),
+    "momentum": partial(torch.optim.SGD, lr=0.1, momentum=0.9, fused=True),
+    "plain": partial(torch.optim.SGD, lr=0.1),
+    "adafactor": torch.optim.Adafactor,  # whose moments are not of the shapes of weights
+    "rprop": torch.optim.Rprop,
+    "nadam": torch.optim.NAdam,
+}
+
+
+def states(tree):
+    return {index: dict(state) for index, state in tree["state"].items()}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimisers_get_back_what_they_keep_and_nothing_else(whole, name):
+    saved, method = load_checkpoint(whole / "10" / "last.ckpt"), Kept(OPTIMIZERS[name])
+    saved["state_dict"] = method.state_dict()
+    saved["learning_method"]["class"] = "Kept"
+    saved["optimizer_states"] = [method.optimizer.state_dict()]
+    method.check_checkpoint(saved)  # before the first step there is no state
+    for parameter in (method.net.weight, method.wide.weight, method.wide.bias):
         parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    saved["optimizer_states"] = [optimizer.state_dict()]
-    assert saved["optimizer_states"][0]["state"][0]["row_var"].shape == (4, 1)
+    method.optimizer.step()
+    own = method.optimizer.state_dict()
+    before, groups = states(own), own["param_groups"]
+    saved["optimizer_states"] = [own]
     method.check_checkpoint(saved)
+    assert states(method.optimizer.state_dict()) == before  # nothing was done to it
+    assert method.optimizer.param_groups[0]["params"][0] is method.net.weight
+
+    assert (name == "plain") == (before == {index: {} for index in before})
+    others = {torch.Tensor: (torch.ones(7), "x", None, 0.5), float: ("x", torch.ones(1)), int: ("x",)}
+    for index, kept in before.items():
+        wrong = [{**kept, "more": 1}]
+        for part, value in kept.items():
+            wrong += [{**kept, part: other} for other in others[type(value)]]
+            wrong += [{key: each for key, each in kept.items() if key != part}] if len(kept) > 1 else []
+            if isinstance(value, torch.Tensor):
+                wrong += [{**kept, part: odd} for odd in (value * torch.nan, value.to(torch.complex64))]
+        for state in wrong:
+            saved["optimizer_states"] = [{"state": {**before, index: state}, "param_groups": groups}]
+            with pytest.raises(ValueError, match=rf"^The checkpoint's optimiser 0, parameter {index}: expected "):
+                method.check_checkpoint(saved)
+
+
+def test_settings_of_optimisers_are_those_of_the_configuration(whole):
+    """Not those of the file: who goes on may change them, and a file may bring what makes no sense."""
+    saved, method = load_checkpoint(whole / "10" / "last.ckpt"), Toy()
+    saved["optimizer_states"][0]["param_groups"][0].update(eps=-1.0, betas="abc", lr=None, fused=5)
+    method.optimizer.param_groups[0]["weight_decay"] = 0.25
+    expected = method.optimizer.state_dict()["param_groups"]
+    method.on_load_checkpoint(saved)
+    method.optimizer.load_state_dict(saved["optimizer_states"][0])
+    assert method.optimizer.state_dict()["param_groups"] == expected
+
+
+def test_weights_that_are_not_finite_are_not_taken(whole):
+    saved, method = load_checkpoint(whole / "10" / "last.ckpt"), Toy()
+    before = method.net.weight.clone()
+    saved["state_dict"]["net.weight"][0, 1] = torch.nan
+    with pytest.raises(ValueError, match="net.weight is not finite, expected finite weights"):
+        method.begin_from(saved)
+    assert torch.equal(method.net.weight, before)
+
+
+def test_what_is_no_weight_may_be_infinite_and_not_nan(whole):
+    saved, method = load_checkpoint(whole / "10" / "last.ckpt"), Toy()
+    method.register_buffer("best", torch.tensor(-torch.inf))
+    saved["state_dict"]["best"] = torch.tensor(torch.inf)
+    method.check_checkpoint(saved)
+    saved["state_dict"]["best"] = torch.tensor(torch.nan)
+    with pytest.raises(ValueError, match="best is not finite"):
+        method.check_checkpoint(saved)
+    saved["state_dict"]["best"] = torch.tensor(1, dtype=torch.complex64)
+    with pytest.raises(ValueError, match="best is of torch.complex64, expected torch.float32"):
+        method.check_checkpoint(saved)
 
 
 @pytest.mark.parametrize(
@@ -303,7 +382,7 @@ def test_moments_have_the_shapes_that_their_optimiser_gives_them(whole):
         ),
         (
             lambda saved: saved["optimizer_states"][0]["state"][1]["exp_avg"].fill_(torch.inf),
-            "exp_avg of optimiser 0 is not finite",
+            "optimiser 0, parameter 1: expected exp_avg to be finite, found",
         ),
         (lambda saved: saved["learning_method"]["processes"][0]["random"].pop("python"), "random states: expected"),
         (lambda saved: saved["learning_method"]["processes"][0]["random"].update(torch=torch.ones(2)), "random states"),

@@ -42,8 +42,8 @@ def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"base": None}, r"\.base: expected str, found NoneType"),
-        ({"largest": "1"}, r"\.largest: expected int or float or nothing, found str"),
+        ({"base": None}, r"\.base: expected a text, found nothing"),
+        ({"largest": "1"}, r"\.largest: expected a number or nothing, found a text"),
         ({"scales": {"a.up": torch.zeros(2, 2)}}, r"in a.up, found torch.float32 \[2, 2\]"),
         ({"scales": {"a.up": torch.zeros(2, dtype=torch.int64)}}, r"in a.up, found torch.int64 \[2\]"),
         ({"scales": {"a.up": torch.tensor([1.0, torch.nan])}}, r"expected finite numbers of single precision in a.up"),
