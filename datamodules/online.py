@@ -61,7 +61,7 @@ class OnlineDataModule(EnvironmentDataModule):
 
     writes: ClassVar = ("replay_folder",)
     state_structure: ClassVar = {
-        "layout": dict,
+        "layout": {str: (int, float, str, None)},
         "processes": [{"written": COUNT, "environment": (None, {str: Tensor}), "episode": Tensor}],
     }
 

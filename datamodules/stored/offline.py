@@ -3,6 +3,7 @@
 Dimensions: n transitions or samples, T rewards, O observation, A action.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -128,7 +129,8 @@ class OfflineDataModule(EnvironmentDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse to go on with other data than the run began with."""
         assert self.dataset is not None
-        if state_dict["data"] != self._fingerprint():
+        found, own = (json.dumps(each, sort_keys=True, default=str) for each in (state_dict["data"], self._fingerprint()))
+        if found != own:
             raise ValueError(
                 "datamodule.dataset: expected the data that the checkpoint's run was trained on, found others."
             )
