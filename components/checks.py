@@ -9,7 +9,8 @@ Critic(dropout=2)  # ValueError: dropout=2: expected at most 1.
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import wraps
 from itertools import starmap
@@ -66,17 +67,49 @@ def checked(called: Called) -> Called:
     if isinstance(called, type):
         called.__init__ = checked(called.__init__)
         return called
-    parameters = inspect.signature(called).parameters
-    ranges = {name: each.annotation for name, each in parameters.items() if has_range(each.annotation)}
+    signature = inspect.signature(called)
+    ranges = {name: found for name, found in annotations(called).items() if has_range(found)}
 
     @wraps(called)
     def checking(*args: Any, **kwargs: Any) -> Any:
-        for name, value in (*zip(parameters, args), *kwargs.items()):
-            if name in ranges:
-                check_range(name, value, ranges[name])
+        for parameter, name, value in _given(signature, args, kwargs) if ranges else ():
+            if parameter in ranges:
+                check_range(name, value, ranges[parameter])
         return called(*args, **kwargs)
 
     return checking
+
+
+def annotations(called: Callable[..., Any]) -> dict[str, Any]:
+    """What the parameters are annotated with, also where a module has its annotations kept as text.
+
+    Those that can't be read, being of names that are there for type checkers only, are left as text.
+    """
+    found = {name: each.annotation for name, each in inspect.signature(called).parameters.items()}
+    namespace = getattr(inspect.unwrap(called), "__globals__", {})
+    for name, annotation in found.items():
+        if isinstance(annotation, str):
+            with suppress(Exception):  # whatever evaluating an expression may raise
+                found[name] = eval(annotation, namespace)  # noqa: S307 - as `inspect.signature(eval_str=True)` does
+    return found
+
+
+def _given(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Iterator[tuple[str, str, Any]]:
+    """Parameters, names and values of what a call gives; nothing where it does not fit, which the call itself will say."""
+    try:
+        given = signature.bind_partial(*args, **kwargs).arguments
+    except TypeError:
+        return
+    for name, value in given.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            yield from ((name, name, each) for each in value)
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            yield from ((name, key, each) for key, each in value.items())
+        else:
+            yield name, name, value
 
 
 def has_range(annotation: Any) -> bool:

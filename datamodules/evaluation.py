@@ -120,7 +120,13 @@ class EvaluationTask:
         return [f"{self.name}/{name}/return" for name in self.rewards]
 
     def metrics(self, result: TensorDictBase) -> dict[str, list[float]]:
-        """The episodes' returns, by ``PROTOCOL/REWARD/return``."""
+        """The episodes' returns, by ``PROTOCOL/REWARD/return``.
+
+        Raises:
+            ValueError: `result` is not what `run` gives.
+        """
+        if not isinstance(result, TensorDictBase) or "return" not in result.keys():  # noqa: SIM118
+            raise ValueError(f"evaluate: expected what task.run(policy) gives, found {type(result).__name__}.")
         return dict(zip(self.metric_names, result["return"].tolist()))
 
     def camera(self, size: int) -> "Camera | None":
@@ -146,8 +152,18 @@ class TransitionsTask:
         self.name = name
         self.transitions = transitions
 
-    def metrics(self, result: TensorDictBase) -> dict[str, list[float]]:
-        return {f"{self.name}/{key}": [value.item()] for key, value in result.items()}
+    def metrics(self, result: Mapping[str, Tensor] | TensorDictBase) -> dict[str, list[float]]:
+        """One value of each of its scalars, by ``NAME/SCALAR``.
+
+        Raises:
+            ValueError: `result` is not scalars by their names.
+        """
+        if not isinstance(result, Mapping | TensorDictBase):
+            raise ValueError(f"evaluate: expected scalars by their names, found {type(result).__name__}.")
+        for key, value in result.items():
+            if torch.as_tensor(value).numel() != 1:
+                raise ValueError(f"evaluate: expected scalars by their names, found {key} {list(value.shape)}.")
+        return {f"{self.name}/{key}": [float(value)] for key, value in result.items()}
 
 
 class Camera:

@@ -5,7 +5,7 @@ import inspect
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from traceback import walk_tb
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -15,7 +15,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from components.checks import Count, CountOrZero, LearningRate, Momentum, NonNegative, Range, check_range
+from components.checks import Count, CountOrZero, LearningRate, Momentum, NonNegative, Range, annotations, check_range
 from tenfold import PACKAGES
 
 # Of classes that are not the project's, and check their numbers late, without a name, or not at all.
@@ -191,11 +191,8 @@ def _parameters(called: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
     else:
         constructors = [called]
     for constructor in constructors:
-        try:
-            parameters = inspect.signature(constructor, eval_str=True).parameters.values()
-        except (TypeError, ValueError, NameError):  # not written in Python, or annotated for type checkers only
-            continue
-        yield from ((parameter.name, parameter.annotation) for parameter in parameters)
+        with suppress(TypeError, ValueError):  # not written in Python
+            yield from annotations(constructor).items()
 
 
 def _arguments(called: Callable[..., Any]) -> list[str] | None:

@@ -1,5 +1,6 @@
 """What every method shares: the learning rule's clock, its metrics, its optimiser steps and its exact resumption."""
 
+import math
 import os
 import random
 import time
@@ -140,7 +141,15 @@ class LearningMethod(L.LightningModule, ABC):
 
         Returns:
             Their norm before, where they are clipped.
+
+        Raises:
+            ValueError: the optimiser is not registered, and would not be saved with the run.
         """
+        if all(optimizer is not own for own in self._optimizers):
+            raise ValueError(
+                f"{type(self).__name__}: expected an optimiser that register_optimizer was given, found another "
+                f"{type(optimizer).__name__}, which no checkpoint would hold."
+            )
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         average_(gradients)
         for parameter, gradient in zip(parameters, gradients):
@@ -246,6 +255,8 @@ class LearningMethod(L.LightningModule, ABC):
         before, self.scores = self.scores, {}
         with self.evaluation():
             result = self.evaluate(task)
+        if result is None:
+            raise ValueError(f"{type(self).__name__}.evaluate: expected what the task's metrics are made of, found None.")
         self.scores = {**before, **task.metrics(result), **self.scores}  # the task's first, then what was added
         return result
 
@@ -256,6 +267,7 @@ class LearningMethod(L.LightningModule, ABC):
         self._evaluate(task)
 
     def on_validation_epoch_end(self) -> None:
+        self._check_scores()
         self.record({f"eval/{name}": sum(values) / len(values) for name, values in self.scores.items()})
 
     def on_test_epoch_start(self) -> None:
@@ -263,6 +275,18 @@ class LearningMethod(L.LightningModule, ABC):
 
     def test_step(self, task: Any, batch_idx: int) -> Any:
         return self._evaluate(task)
+
+    def on_test_epoch_end(self) -> None:
+        self._check_scores()
+
+    def _check_scores(self) -> None:
+        evaluate = f"{type(self).__name__}.evaluate"
+        if not self.scores:
+            raise ValueError(f"{evaluate}: expected scores by their names, found none.")
+        for name, values in self.scores.items():
+            if not values or not all(map(math.isfinite, values)):
+                found = next((value for value in values if not math.isfinite(value)), "none")
+                raise ValueError(f"{evaluate}: expected finite numbers of eval/{name}, found {found}.")
 
     def training_metrics(self) -> dict[str, float]:
         """Mean metrics since the last record: the one place where training waits for the device.

@@ -208,6 +208,7 @@ class ExpertAdaptation(LearningMethod):
         return Answers(answers, kinds)
 
     def on_test_epoch_end(self) -> None:
+        super().on_test_epoch_end()
         families = [sum(own) / len(own) for name, own in self.scores.items() if name.endswith("/accuracy")]
         self.add_scores({"average/accuracy": [sum(families) / len(families)]})
 

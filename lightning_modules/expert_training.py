@@ -227,6 +227,7 @@ class ExpertTraining(LearningMethod):
         self.restore_best()
 
     def on_test_epoch_end(self) -> None:
+        super().on_test_epoch_end()
         self.add_scores({"parameters": [0 if self.language.adapter is None else self.language.adapter.count()]})
 
     @torch.no_grad()

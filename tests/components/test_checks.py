@@ -138,3 +138,45 @@ def test_positions_dataclasses_functions_and_subclasses():
     assert (Part(3).size, Fields(1).share, scaled(3, 2)) == (3, 1, 6)
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'free'"):
         scaled(1)
+
+
+@checked
+def several(first: Positive, *sizes: Size, kept: Share = 0.0, **weights: NonNegative) -> tuple:
+    return first, sizes, kept, weights
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        ((0.0,), {}, "first=0.0: expected more than 0."),
+        ((1.0, 1, 0), {}, "sizes=0: expected at least 1."),
+        ((1.0, 1, 1), {"kept": 2}, "kept=2: expected at most 1."),
+        ((1.0,), {"of_x": -1}, "of_x=-1: expected at least 0."),
+    ],
+)
+def test_arguments_without_names_are_those_that_they_are_given_to(args, kwargs, message):
+    assert several(2.0, 3, 70, kept=0.5, x=1000) == (2.0, (3, 70), 0.5, {"x": 1000})
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        several(*args, **kwargs)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'first'"):
+        several()
+    with pytest.raises(TypeError, match="multiple values"):
+        several(1.0, first=-1.0)
+
+
+def test_annotations_that_a_module_keeps_as_text_count():
+    module = """
+from __future__ import annotations
+from typing import TYPE_CHECKING
+from components.checks import Share, checked
+if TYPE_CHECKING:
+    from somewhere import Thing
+@checked
+class Late:
+    def __init__(self, other: Thing | None = None, share: Share = 0.5) -> None: ...
+"""
+    namespace = {}
+    exec(compile(module, "late", "exec"), namespace)
+    namespace["Late"](share=1.0)
+    with pytest.raises(ValueError, match=r"^share=2: expected at most 1\.$"):
+        namespace["Late"](share=2)

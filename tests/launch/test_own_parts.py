@@ -7,8 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from tensordict import TensorDict
 
 from callbacks.run_log import read_rows
+from launch.recipes import rebuild_method
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 SMALL = (
@@ -49,19 +52,49 @@ def test_an_encoder_with_a_loss_of_its_own_learns(program, documented, monkeypat
     assert float(rows[-1]["encoder_loss"]) < 0.7 * float(rows[0]["encoder_loss"])
 
 
-def test_a_method_and_an_experiment_in_a_package_of_ones_own(program, monkeypatch, tmp_path):
+@pytest.fixture
+def own_methods(monkeypatch, tmp_path) -> list[str]:
+    """The files of the page, with transitions of random actions in FILE.npz, in the folder that is gone to; commands."""
     page = (DOCS / "architecture.md").read_text()
-    for name, text in re.findall(r"```\w+\n# ((?:my_methods|conf/\S+)\.\w+)\n(.*?)```", page, re.DOTALL):
+    for name, text in re.findall(r"```\w+\n# ((?:my_methods|my_cloning|conf/\S+)\.\w+)\n(.*?)```", page, re.DOTALL):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    (command,) = re.findall(r"```bash\nPYTHONPATH=\. python train\.py (.*conservative.*)\n```", page)
     random = np.random.default_rng(0)
-    rows = {"observations": random.normal(size=(400, 3)), "actions": random.uniform(-1, 1, (400, 2))}
-    ends = {"terminals": np.zeros(400), "timeouts": np.arange(400) % 50 == 49, "rewards": rows["actions"][:, 0]}
-    np.savez(tmp_path / "FILE.npz", **rows, **ends)
+    observations = random.normal(size=(400, 3))
+    actions = np.stack([np.tanh(observations[:, 0]), random.uniform(-1, 1, 400)], 1)
+    rows = {"observations": observations, "actions": actions, "rewards": actions[:, 0]}
+    np.savez(tmp_path / "FILE.npz", **rows, terminals=np.zeros(400), timeouts=np.arange(400) % 50 == 49)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
+    return re.findall(r"```bash\nPYTHONPATH=\. python train\.py (--config-dir .*)\n```", page)
+
+
+def test_a_method_from_nothing_learns_is_rebuilt_and_goes_on(program, own_methods, monkeypatch):
+    (command,) = (each for each in own_methods if "cloning" in each)
+    small = ("module.updates=400", "module.log_every=50", "datamodule.evaluate_every=200", "module.learning_rate=1e-2")
+    finished = program(*shlex.split(command.replace("=FILE", "=FILE.npz")), *small)
+    assert finished.code == 0, finished.err
+    run = finished.folder / "cloning" / "seed_0"
+    _, rows = read_rows(run / "train.csv")
+    # of the two actions the first is a function of what is observed, the second is uniform noise, of variance 1/3
+    assert 0.1 < float(rows[-1]["loss"]) < 0.19
+    method, _ = rebuild_method(run / "checkpoints" / "last.ckpt", trust=("my_cloning",))
+    observation = torch.tensor([[0.5, 0.0, 0.0]])
+    acted = method.policy()(TensorDict({"observation": observation}, batch_size=[1]))["action"]
+    assert abs(acted[0, 0] - 0.46) < 0.15
+    longer = ("trust=my_cloning", "module.updates=600")
+    finished = program(f"ckpt_path={finished.folder}", *longer)
+    assert finished.code == 0, finished.err
+    assert read_rows(run / "train.csv")[1][-1]["updates"] == "600"
+
+    refused = program(*shlex.split(command.replace("=FILE", "=FILE.npz")), *small, "module.width=0")
+    assert refused.code == 1
+    assert "module.width=0: expected at least 1" in refused.err
+
+
+def test_a_method_and_an_experiment_in_a_package_of_ones_own(program, own_methods, tmp_path):
+    (command,) = (each for each in own_methods if "conservative" in each)
     small = (
         "module.updates=200",
         "module.log_every=50",

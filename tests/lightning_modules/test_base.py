@@ -416,6 +416,35 @@ class Regression(LearningMethod):
         raise NotImplementedError
 
 
+def test_a_step_of_an_optimiser_that_is_not_saved_is_refused():
+    method = fresh()
+    other = torch.optim.Adam(method.net.parameters(), lr=0.1)
+    message = r"^Toy: expected an optimiser that register_optimizer was given, found another Adam, which no checkpoint"
+    with pytest.raises(ValueError, match=message):
+        method.minimise(method.net(torch.ones(1, 3)).sum(), other)
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (None, "Toy.evaluate: expected what the task's metrics are made of, found None"),
+        (torch.zeros(0), "Toy.evaluate: expected finite numbers of eval/task/score, found none"),
+        (torch.tensor([1.0, torch.nan]), "Toy.evaluate: expected finite numbers of eval/task/score, found nan"),
+    ],
+)
+def test_an_evaluation_without_numbers_is_one_sentence(tmp_path, result, message):
+    method = fresh()
+    method.evaluate = lambda task: result
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, method)
+
+
+def test_an_evaluation_that_gives_nothing_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(ToyTask, "metrics", lambda self, result: {})
+    with pytest.raises(ValueError, match=r"Toy.evaluate: expected scores by their names, found none\."):
+        fit(tmp_path, fresh())
+
+
 def test_updates_of_the_tenth_run_are_compiled_as_those_of_the_first(monkeypatch):
     """Each for its own sizes: PyTorch compiles a function eight times, and the second time for sizes of any kind."""
     shapes = []
