@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from components.files import naming, read_text, replacing
+from components.files import naming, read_text, replacing, visible_files
 
 CLOCKS = ("updates", "env_steps", "seconds")
 
@@ -60,7 +60,7 @@ class RunLog(Logger):
     @rank_zero_only
     def rewind(self, updates: int) -> None:
         """Drop every row after the given number of updates."""
-        for path in self.folder.glob("[!.]*.csv"):
+        for path in _logs(self.folder):
             header, rows = read_rows(path)
             _write_whole(path, header, [row for row in rows if int(row["updates"]) <= updates])
 
@@ -80,7 +80,7 @@ class RunLog(Logger):
 def recorded(folder: Path, updates: int) -> list[dict[str, float]]:
     """What was logged to a run's folder up to the given number of updates, in the order in which it was logged."""
     records = []
-    for path in folder.glob("[!.]*.csv"):
+    for path in _logs(folder):
         for row in read_rows(path)[1]:
             values = {
                 name if name in CLOCKS else f"{path.stem}/{name}": int(text) if name == "updates" else float(text)
@@ -92,12 +92,40 @@ def recorded(folder: Path, updates: int) -> list[dict[str, float]]:
     return [record for record in records if record["updates"] <= updates]
 
 
+def _logs(folder: Path) -> list[Path]:
+    """Those of a run's files that are its record; a person may have put tables of another kind beside them."""
+    known = {f"{group}.csv" for group in ("train", "eval")}
+    return [path for path in visible_files(folder, "*.csv") if path.name in known or _columns(path)[:1] == CLOCKS[:1]]
+
+
+def _columns(path: Path) -> tuple[str, ...]:
+    return tuple(csv.DictReader(io.StringIO(read_text(path, "the log of a run"))).fieldnames or ())
+
+
 def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Header and rows of a CSV file, without a line that was torn by a kill."""
+    """Header and rows of the record of a run, without a line that was torn by a kill.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is none, or damaged; names the line.
+    """
     text = read_text(path, "the log of a run")
     reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
-    rows = list(reader)
-    return list(reader.fieldnames or []), rows
+    header = list(reader.fieldnames or [])
+    if header and not set(CLOCKS) <= set(header):
+        raise ValueError(f"{path}: expected the columns {', '.join(CLOCKS)}, found {', '.join(header)[:80]}.")
+    rows = []
+    for row in reader:
+        where = f"{path}, line {reader.line_num}"
+        if None in row or None in row.values():
+            raise ValueError(f"{where}: expected {len(header)} values as in its first line, found another number.")
+        for name, value in row.items():
+            number = int if name in ("updates", "env_steps") else float
+            try:
+                number(value or ("x" if name in CLOCKS else 0))
+            except ValueError:
+                raise ValueError(f"{where}: expected a number as {name}, found {value[:40]!r}.") from None
+        rows.append(row)
+    return header, rows
 
 
 def _write_whole(path: Path, header: list[str], rows: list[Mapping[str, Any]]) -> None:

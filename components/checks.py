@@ -90,14 +90,14 @@ def annotations(called: Callable[..., Any]) -> dict[str, Any]:
     for name, annotation in found.items():
         if isinstance(annotation, str):
             with suppress(Exception):  # whatever evaluating an expression may raise
-                found[name] = eval(annotation, namespace)  # noqa: S307 - as `inspect.signature(eval_str=True)` does
+                found[name] = eval(annotation, namespace)
     return found
 
 
 def _given(
     signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, Any]]:
-    """Parameters, names and values of what a call gives; nothing where it does not fit, which the call itself will say."""
+    """Parameters, names and values of what a call gives; nothing where that does not fit: it will be said by itself."""
     try:
         given = signature.bind_partial(*args, **kwargs).arguments
     except TypeError:

@@ -2,12 +2,16 @@
 
 import errno
 import fcntl
+import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from components.structure import check_structure
 
 OUT_OF_MEMORY = re.compile(r"(tried|unable) to allocate [\d.]+ \w+", re.IGNORECASE)
 """What errors of torch and NumPy say where memory is not enough; those of torch are of no type of their own."""
@@ -55,6 +59,25 @@ def read_text(path: Path, expected: str) -> str:
         return path.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected text in UTF-8, found something else ({error}).") from error
+
+
+def read_json(path: Path, structure: Any, expected: str = "a file of JSON") -> Any:
+    """What a file of JSON holds.
+
+    Args:
+        structure: see `components.structure.check_structure`.
+        expected: see `check_file`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else; names the part.
+    """
+    try:
+        content = json.loads(read_text(path, expected))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON, found something else ({error}).") from error
+    check_structure(content, structure, str(path))
+    return content
 
 
 @contextmanager

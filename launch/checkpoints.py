@@ -16,7 +16,9 @@ from launch.files import RECIPE
 LAST = "last.ckpt"
 CHECKPOINT = {
     "state_dict": {str: Tensor},
-    "optimizer_states": [{"state": {int: dict}, "param_groups": [{"params": [COUNT]}]}],  # the rest is compared with the optimisers
+    "optimizer_states": [
+        {"state": {int: dict}, "param_groups": [{"params": [COUNT]}]}
+    ],  # the rest is compared with the optimisers
     "lr_schedulers": list,
     "callbacks": {str: dict},
     "learning_method": {

@@ -1,6 +1,5 @@
 """Pictures of how an experiment's runs learned."""
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
+from callbacks.run_log import read_rows
 from components.files import replacing
 from launch.plots import STYLE, grid, heading, look
 
@@ -34,7 +34,8 @@ def draw_curves(
     """
     curves: dict[str, dict[str, dict[str, Lines]]] = {}  # by what they are drawn against, by metric and by arm
     for run in runs:
-        evaluated, learned = (_records(run.folder / f"{kind}.csv") for kind in ("eval", "train"))
+        logs = [run.folder / f"{kind}.csv" for kind in ("eval", "train")]
+        evaluated, learned = (read_rows(path)[1] if path.exists() else [] for path in logs)
         clocks = ("updates", "env_steps", "seconds", config.curves_against)
         columns = [(evaluated, name, name) for name in (evaluated[0] if evaluated else ()) if name not in clocks]
         columns += [
@@ -58,13 +59,6 @@ def draw_curves(
         names.append(f"learning_curves{f'_{len(names) + 1}' * bool(names)}.png")
         _draw(curves[clock], clock.split("/")[-1].replace("env_", "environment "), trained, arms, folder / names[-1])
     return names
-
-
-def _records(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def _draw(

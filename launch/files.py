@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from components.files import read_text, replacing
+from components.files import read_json, replacing
 from components.structure import COUNT, NUMBER, check_structure
 
 METRICS = {str: [NUMBER, ...]}
@@ -46,19 +46,4 @@ def read_results(path: Path) -> dict[str, Any]:
     """
     content = {"recipe": None, "provenance": None, **read_json(path, {})}
     check_structure(content, RESULTS, str(path))
-    return content
-
-
-def read_json(path: Path, structure: Any) -> Any:
-    """What a file of JSON holds, of a structure as `check_structure` takes it.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds something else; names the part.
-    """
-    try:
-        content = json.loads(read_text(path, "a file of JSON"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: expected JSON, found something else ({error}).") from error
-    check_structure(content, structure, str(path))
     return content

@@ -8,8 +8,8 @@ from typing import Any
 from hydra.utils import get_object, instantiate
 from lightning.pytorch.utilities import rank_zero_only
 
+from components.files import read_json
 from components.structure import NUMBER
-from launch.files import read_json
 from launch.recipes import foreign_packages
 from launch.values import one_of
 

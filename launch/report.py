@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
+from components.files import read_json
 from components.wording import counted, size
 from launch.curves import draw_curves
-from launch.files import COMPLETION_RESULTS, REFERENCE_RESULTS, read_json, read_results, write_json, write_text
+from launch.files import COMPLETION_RESULTS, REFERENCE_RESULTS, read_results, write_json, write_text
 from launch.overrides import NEUTRAL, command, departures
 from launch.resumptions import sentences
 from launch.statistics import LEVEL, RESAMPLES, bootstrap_interval, interquartile_mean

@@ -256,7 +256,9 @@ class LearningMethod(L.LightningModule, ABC):
         with self.evaluation():
             result = self.evaluate(task)
         if result is None:
-            raise ValueError(f"{type(self).__name__}.evaluate: expected what the task's metrics are made of, found None.")
+            raise ValueError(
+                f"{type(self).__name__}.evaluate: expected what the task's metrics are made of, found None."
+            )
         self.scores = {**before, **task.metrics(result), **self.scores}  # the task's first, then what was added
         return result
 

@@ -13,7 +13,7 @@ State = Mapping[str, Tensor]
 
 
 def difference(saved: State, own: State) -> str | None:
-    """The first tensor that two states do not have alike, as a clause; None if one can be given the values of the other."""
+    """The first tensor that two states do not have alike, as a clause; None if one can take those of the other."""
     for name in [*own, *saved]:
         shapes = [str(list(state[name].shape)) if name in state else "nothing" for state in (saved, own)]
         if shapes[0] != shapes[1]:

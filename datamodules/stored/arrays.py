@@ -204,8 +204,13 @@ class Hdf5File(ArrayFile):
         return self._find(key)[rows]
 
 
-def to_float(file: Path, key: str, values: np.ndarray, dtype: type[np.floating] = np.float32) -> np.ndarray:
+def to_float(
+    file: Path, key: str, values: np.ndarray, dtype: type[np.floating] = np.float32, *, whole: bool = True
+) -> np.ndarray:
     """Numbers in another precision.
+
+    Args:
+        whole: whether these are all rows of the file, so that one of them can be named.
 
     Raises:
         ValueError: they are not finite, or not any more.
@@ -214,11 +219,12 @@ def to_float(file: Path, key: str, values: np.ndarray, dtype: type[np.floating] 
         converted = values.astype(dtype, copy=False)
     if not (finite := np.isfinite(converted)).all():
         found = values[~finite][0]
+        row = f" in row {np.argwhere(~finite)[0][0]}" if whole else ""
         if np.isfinite(found):
             raise ValueError(
-                f"{file}: expected numbers of at most {np.finfo(dtype).max:.2g} in {key}, found {found:g}."
+                f"{file}: expected numbers of at most {np.finfo(dtype).max:.2g} in {key}, found {found:g}{row}."
             )
-        raise ValueError(f"{file}: expected finite numbers in {key}, found NaN or infinity.")
+        raise ValueError(f"{file}: expected finite numbers in {key}, found {found}{row}.")
     return converted
 
 

@@ -241,15 +241,15 @@ class _Builder:
                 )
             # the dummy first row may hold anything
             flat[key] = values.reshape(batch, length, width)[:, 1:].reshape(-1, width)
-        observation = to_float(file, "observation", block["observation"])
+        observation = to_float(file, "observation", block["observation"], whole=False)
         rows = slice(self.filled, self.filled + batch * steps)
         self.arrays["observation"][rows] = observation[:, :-1].reshape(batch * steps, -1)
         self.arrays["next.observation"][rows] = observation[:, 1:].reshape(batch * steps, -1)
-        self.arrays["action"][rows] = to_float(file, "action", flat["action"])
-        self.arrays["next.reward"][rows] = to_float(file, "reward", flat["reward"])
+        self.arrays["action"][rows] = to_float(file, "action", flat["action"], whole=False)
+        self.arrays["next.reward"][rows] = to_float(file, "reward", flat["reward"], whole=False)
         self.arrays["next.terminated"][rows] = to_flags(file, "terminated", flat["terminated"])
         if "next.physics" in self.arrays:
-            self.arrays["next.physics"][rows] = to_float(file, "physics", flat["physics"], np.float64)
+            self.arrays["next.physics"][rows] = to_float(file, "physics", flat["physics"], np.float64, whole=False)
         final = slice(rows.start + steps - 1, rows.stop, steps)
         self.arrays["next.truncated"][final] = ~self.arrays["next.terminated"][final]
         self.arrays["episode"][rows] = self.episodes + np.repeat(np.arange(batch), steps)

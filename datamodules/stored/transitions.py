@@ -21,7 +21,8 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from components.files import check_file, is_damage, replacing
+from components.files import check_file, is_damage, read_json, replacing
+from components.structure import COUNT, check_structure
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -41,9 +42,11 @@ _DTYPES = {
     "source": torch.int64,
     "left_out": torch.float32,
 }
+_RECORD = {"bytes": COUNT, "crc32": str, "dtype": str, "shape": [COUNT]}  # of one file, in the manifest
 _OPTIONAL = {"next.physics", "left_out"}
 _PER_TRANSITION = {"episode", "source"}  # shape [n]; every other entry is [n, width]
 _FLAGS = {"next.terminated", "next.truncated", "next.done"}  # width 1
+_UNKNOWN = {"next.physics", "left_out"}  # NaN where nobody knows
 _CHUNK = 2**18  # transitions
 _SHAPED_LIKE = {"next.observation": "observation", "left_out": "next.reward"}
 
@@ -246,6 +249,10 @@ def _check(data: TensorDict) -> None:
             wanted = f"[{n}, width]" if value.ndim != 2 or value.shape[1] == 0 else None
         if wanted:
             raise ValueError(f"Entry {name!r}: expected shape {wanted}, found {list(value.shape)}.")
+        # A sum is cheap, and finite unless something in it is not, or it is too large itself.
+        if value.is_floating_point() and name not in _UNKNOWN and not value.sum().isfinite():
+            for row in (~value.isfinite().all(1)).nonzero()[:1].flatten().tolist():
+                raise ValueError(f"Entry {name!r}, row {row}: expected finite numbers, found {value[row].tolist()}.")
     episode = data["episode"]
     steps = episode.diff()
     if episode[0] != 0 or ((steps != 0) & (steps != 1)).any():
@@ -310,25 +317,13 @@ def _open_npy(path: Path, stored: dict[str, Any]) -> Tensor:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    check_file(path, "the manifest of a data set")
-    try:
-        manifest = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON, found something else ({error}).") from error
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT:
-        raise ValueError(f"{path}: expected the manifest of a data set of format {FORMAT}, found format {found!r}.")
-    records = manifest.get("files")
-    if not isinstance(records, dict) or "domain" not in manifest:
-        raise ValueError(f"{path}: expected the keys 'domain' and 'files', found {sorted(manifest)}.")
-    for name, stored in records.items():
-        # names are checked before they become paths
-        if (
-            name not in _DTYPES
-            or not isinstance(stored, dict)
-            or not stored.keys() >= {"bytes", "crc32", "dtype", "shape"}
-        ):
-            raise ValueError(f"{path}: expected records of the files {sorted(_DTYPES)}, found {name!r}: {stored!r}.")
+    manifest = read_json(path, {"format": int}, "the manifest of a data set")
+    if manifest["format"] != FORMAT:
+        found = manifest["format"]
+        raise ValueError(f"{path}: expected the manifest of a data set of format {FORMAT}, found format {found}.")
+    check_structure(manifest, {"domain": (str, None), "files": {str: _RECORD}}, str(path))
+    if unknown := manifest["files"].keys() - _DTYPES.keys():  # before names become paths
+        raise ValueError(f"{path}: expected records of the files {sorted(_DTYPES)}, found {sorted(unknown)[0]!r}.")
     return manifest
 
 

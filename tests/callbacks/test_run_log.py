@@ -1,5 +1,7 @@
 """The record on disk: whole rows, new columns, and what a resumed run drops."""
 
+import re
+
 import pytest
 
 from callbacks.run_log import RunLog, read_rows, recorded
@@ -66,3 +68,31 @@ def test_what_was_recorded_comes_back_as_it_was_logged(log, tmp_path):
         log.log_metrics(row)
     assert recorded(tmp_path, 10) == logged[:3]
     assert recorded(tmp_path / "none", 10) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("step,loss\n1,2\n", "train.csv: expected the columns updates, env_steps, seconds, found step, loss."),
+        ("updates,env_steps,seconds,loss\n1,0,1.0,2\nx,0,1.0,2\n", "line 3: expected a number as updates, found 'x'."),
+        ("updates,env_steps,seconds,loss\n1.5,0,1.0,2\n", "line 2: expected a number as updates, found '1.5'."),
+        ("updates,env_steps,seconds,loss\n1,,1.0,2\n", "line 2: expected a number as env_steps, found ''."),
+        ("updates,env_steps,seconds,loss\n1,0,1.0,abc\n", "line 2: expected a number as loss, found 'abc'."),
+        ("updates,env_steps,seconds,loss\n1,0,1.0\n", "line 2: expected 4 values as in its first line, found"),
+        ("updates,env_steps,seconds,loss\n1,0,1.0,2,3\n", "line 2: expected 4 values as in its first line, found"),
+    ],
+)
+def test_a_damaged_record_is_named_and_stays(log, tmp_path, text, message):
+    (tmp_path / "train.csv").write_text(text)
+    for use in (lambda: log.rewind(1), lambda: recorded(tmp_path, 1), lambda: write(log, 2)):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            use()
+    assert (tmp_path / "train.csv").read_text() == text
+
+
+def test_tables_of_ones_own_are_left_alone(log, tmp_path):
+    write(log, 1, 2)
+    (tmp_path / "notes.csv").write_text("what,when\nmine,today\n")
+    log.rewind(1)
+    assert (tmp_path / "notes.csv").read_text() == "what,when\nmine,today\n"
+    assert [row["updates"] for row in recorded(tmp_path, 5)] == [1]

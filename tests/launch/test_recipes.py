@@ -251,7 +251,10 @@ def test_callbacks_of_a_run_that_is_gone_on_with_are_built_where_they_stand(tmp_
         (["-m"], "found '-m'"),
         (["-cp={}"], "found '-cp="),
         (["--config-dir", "{}"], "found '--config-dir'"),
-        (["+arms.x=['hydra.searchpath=[pkg://other]']"], "arms.x: expected overrides of this experiment, found hydra.s"),
+        (
+            ["+arms.x=['hydra.searchpath=[pkg://other]']"],
+            "arms.x: expected overrides of this experiment, found hydra.s",
+        ),
     ],
 )
 def test_a_run_that_is_gone_on_with_calls_nothing_foreign(program, tmp_path, overrides, message):

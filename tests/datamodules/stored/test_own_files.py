@@ -217,7 +217,7 @@ def test_what_is_wrong_with_a_minari_data_set_is_one_sentence(tmp_path):
         ({"actions": np.full((8, 2), "left")}, "expected actions to be numbers of 2 dimensions, found <U4"),
         ({"rewards": np.zeros((8, 2))}, r"expected one number in a row of rewards, found \[8, 2\]"),
         ({"rewards": np.full(8, 1e39)}, r"expected numbers of at most 3.4e\+38 in rewards, found 1e\+39"),
-        ({"rewards": np.full(8, -np.inf)}, "expected finite numbers in rewards, found NaN or infinity"),
+        ({"rewards": np.full(8, -np.inf)}, "expected finite numbers in rewards, found -inf in row 0"),
         ({"terminals": np.full(8, 0.5)}, "expected only 0 and 1 in terminals, found 0.5"),
         ({"timeouts": np.full(8, np.nan)}, "expected only 0 and 1 in timeouts, found nan"),
         ({"timeouts": None, "terminals": np.zeros(8)}, r"expected the array 'timeouts' \(or 'truncations'\), all 0"),

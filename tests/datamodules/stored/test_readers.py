@@ -97,7 +97,7 @@ def test_exorl_keeps_all_reward_columns_and_needs_no_physics(tmp_path):
         ({"action": np.zeros((STEPS, 2))}, "expected action of 6 rows and width 2, found shape"),
         ({"action": np.zeros((STEPS + 1, 3))}, "expected action of 6 rows and width 2, found shape"),
         ({"observation": np.zeros((STEPS + 1, 9))}, "expected observation of 6 rows and width 3"),
-        ({"reward": np.full((STEPS + 1, 1), np.nan)}, "expected finite numbers in reward, found NaN"),
+        ({"reward": np.full((STEPS + 1, 1), np.nan)}, "expected finite numbers in reward, found nan"),
         ({"observation": np.full((STEPS + 1, 3), np.inf)}, "expected finite numbers in observation"),
         ({"observation": np.full((STEPS + 1, 3), 1e39)}, r"expected numbers of at most 3.4e\+38 in observation"),
         (

@@ -201,8 +201,34 @@ def test_load_of_a_damaged_manifest(saved):
     with pytest.raises(ValueError, match="expected records of the files"):
         TransitionDataset.load(saved)
     edit_manifest(saved, files=None)
-    with pytest.raises(ValueError, match="expected the keys 'domain' and 'files'"):
+    with pytest.raises(ValueError, match=r"manifest.json.files: expected values by their names, found nothing"):
+        TransitionDataset.load(saved)
+    records = {"action": {"bytes": 1, "crc32": "0", "shape": [-1], "dtype": "x"}}
+    edit_manifest(saved, files=records)
+    with pytest.raises(ValueError, match=r"manifest.json.files.action.shape\[0\]: expected a whole number from 0 to"):
+        TransitionDataset.load(saved)
+    edit_manifest(saved, domain=5)
+    with pytest.raises(ValueError, match=r"manifest.json.domain: expected a text or nothing, found 5"):
+        TransitionDataset.load(saved)
+    (saved / MANIFEST).write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"manifest.json: expected JSON"):
         TransitionDataset.load(saved)
     (saved / MANIFEST).write_text('{"format": 1, "fil')
     with pytest.raises(ValueError, match=r"manifest.json: expected JSON"):
         TransitionDataset.load(saved)
+
+
+@pytest.mark.parametrize("entry", ["action", ("next", "observation"), ("next", "reward")])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_numbers_that_are_not_finite_are_named(entry, value):
+    made = make_dataset()
+    made.data[entry][3, 0] = value
+    name = entry if isinstance(entry, str) else ".".join(entry)
+    with pytest.raises(ValueError, match=rf"^Entry '{name}', row 3: expected finite numbers, found \[{value}"):
+        TransitionDataset(made.data, made.manifest)
+
+
+def test_large_numbers_are_finite_also_where_their_sum_is_not():
+    made = make_dataset()
+    made.data["observation"].fill_(3e38)
+    TransitionDataset(made.data, made.manifest)
