@@ -30,7 +30,7 @@ CHECKPOINT = {
         "processes": [{"random": dict, "tallies": [list]}],
     },
 }
-"""What every checkpoint holds; methods and datamodules add to it."""
+"""What every checkpoint holds; methods and datamodules add to it, and compare what is their own."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -68,6 +68,7 @@ def load_checkpoint(path: str | Path, key: str = "ckpt_path") -> dict[str, Any]:
         raise ValueError(f"{key}={path}: expected a whole checkpoint, found a damaged or foreign file.") from error
     if not isinstance(checkpoint, dict) or "learning_method" not in checkpoint:
         raise ValueError(f"{key}={path}: expected a checkpoint of this project, found another file.")
+    checkpoint.setdefault("callbacks", {})
     check_structure(checkpoint, CHECKPOINT, f"{key}={path}")
     # Lightning would go by what else it knows of: its own counters, which are not kept, and who wrote them.
     others = {name: value for name, value in checkpoint.items() if name in CHECKPOINT or isinstance(value, dict)}

@@ -129,9 +129,8 @@ class OfflineDataModule(EnvironmentDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse to go on with other data than the run began with."""
         assert self.dataset is not None
-        found, own = (
-            json.dumps(each, sort_keys=True, default=str) for each in (state_dict["data"], self._fingerprint())
-        )
+        both = (state_dict["data"], self._fingerprint())
+        found, own = (json.dumps(each, sort_keys=True, default=str) for each in both)
         if found != own:
             raise ValueError(
                 "datamodule.dataset: expected the data that the checkpoint's run was trained on, found others."

@@ -112,6 +112,8 @@ def test_every_part_that_is_missing_or_of_another_type_is_named(tmp_path, path):
     for change in (drop, replace):
         if change is drop and not isinstance(path[-1], str):
             continue  # lists may be shorter
+        if change is drop and path == ("callbacks",):
+            continue  # some have no state
         if change is drop and path[0] == "state_dict" and len(path) > 1:
             continue  # what there must be is the method's to know
         torch.save(changed(GOOD, path, change), tmp_path / "last.ckpt")

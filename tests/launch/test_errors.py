@@ -25,6 +25,7 @@ from launch.study import Run, _check_finished
 ROOT = Path(__file__).resolve().parents[2]
 RUN = "fb_aw_narrow/seed_0"
 CHECKPOINT = f"{RUN}/checkpoints/last.ckpt"
+ABOUT = {"experiment": "x", "study": None, "spec": {}}  # what else a recipe says
 
 
 def assert_one_sentence(finished, code, *parts):
@@ -102,7 +103,7 @@ def test_results_of_other_settings_are_named_by_the_keys_that_set_them(tmp_path)
     config = OmegaConf.create({"rate": 1, "module": module, "datamodule": {}})
     run = Run("arm", 0, tmp_path / "arm" / "seed_0")
     recipe = OmegaConf.to_container(config, resolve=True)
-    write_json(run.results, {"updates": 1, "seconds": 1.0, "metrics": {}, "recipe": recipe})
+    write_json(run.results, {"updates": 1, "seconds": 1.0, "metrics": {}, "recipe": {**recipe, **ABOUT}})
     config.rate = 2
     with pytest.raises(ValueError, match=r"^arm, seed 0 is finished: expected rate=1, with which it was run, found 2;"):
         _check_finished([run], [], {run: config})
@@ -114,7 +115,7 @@ def test_results_that_others_are_made_of_stay(tmp_path):
     configs = {run: OmegaConf.create({"module": module, "datamodule": {}}) for run, module in configs.items()}
     for run in runs:
         recipe = OmegaConf.to_container(configs[run])
-        write_json(run.results, {"updates": 1, "seconds": 1.0, "metrics": {}, "recipe": recipe})
+        write_json(run.results, {"updates": 1, "seconds": 1.0, "metrics": {}, "recipe": {**recipe, **ABOUT}})
     _check_finished(runs, [], configs)
     with pytest.raises(ValueError, match="codec, seed 0 would go on beyond what classifier was made with"):
         _check_finished(runs, runs[:1], configs)
@@ -260,8 +261,9 @@ def test_settings_that_failed_are_not_remembered(program, copy):
 
 def test_a_resumption_that_is_refused_late_changes_nothing(program, copy):
     """The data are made and compared when the folder has been written to already."""
+    header, _ = read_rows(copy / RUN / "train.csv")
     with open(copy / RUN / "train.csv", "a") as file:
-        file.write("45,0,1.2\n")  # of after the checkpoint
+        file.write(f"45,0,1.2{',' * (len(header) - 3)}\n")  # of after the checkpoint
     said = "datamodule.dataset: expected the data that the checkpoint's run was trained on, found others"
     assert_refused(program, copy, ["datamodule.dataset.episodes=21"], said)
     assert program("experiment=fb_overdrive", f"ckpt_path={copy}", "module.updates=60").code == 0
@@ -325,9 +327,8 @@ def test_of_several_processes_the_first_says_what_all_are_refused_for(monkeypatc
     reading, writing = os.pipe()
     if os.fork() == 0:  # the first process
         if os.fork() == 0:
-            sys.stderr = open(tmp_path / "err", "w")
-            code = errors.run_reporting_errors(refused)
-            sys.stderr.close()
+            with open(tmp_path / "err", "w") as sys.stderr:
+                code = errors.run_reporting_errors(refused)
             os.write(writing, bytes([code]))
             os._exit(0)
         if not also:

@@ -54,7 +54,7 @@ def test_an_encoder_with_a_loss_of_its_own_learns(program, documented, monkeypat
 
 @pytest.fixture
 def own_methods(monkeypatch, tmp_path) -> list[str]:
-    """The files of the page, with transitions of random actions in FILE.npz, in the folder that is gone to; commands."""
+    """The files of the page, with transitions in FILE.npz, in the folder that is gone to; the commands."""
     page = (DOCS / "architecture.md").read_text()
     for name, text in re.findall(r"```\w+\n# ((?:my_methods|my_cloning|conf/\S+)\.\w+)\n(.*?)```", page, re.DOTALL):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

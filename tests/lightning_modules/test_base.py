@@ -353,7 +353,7 @@ def test_weights_that_are_not_finite_are_not_taken(whole):
     saved, method = load_checkpoint(whole / "10" / "last.ckpt"), Toy()
     before = method.net.weight.clone()
     saved["state_dict"]["net.weight"][0, 1] = torch.nan
-    with pytest.raises(ValueError, match="net.weight is not finite, expected finite weights"):
+    with pytest.raises(ValueError, match=r"net\.weight is not finite, expected finite weights"):
         method.begin_from(saved)
     assert torch.equal(method.net.weight, before)
 
@@ -367,7 +367,7 @@ def test_what_is_no_weight_may_be_infinite_and_not_nan(whole):
     with pytest.raises(ValueError, match="best is not finite"):
         method.check_checkpoint(saved)
     saved["state_dict"]["best"] = torch.tensor(1, dtype=torch.complex64)
-    with pytest.raises(ValueError, match="best is of torch.complex64, expected torch.float32"):
+    with pytest.raises(ValueError, match=r"best is of torch\.complex64, expected torch\.float32"):
         method.check_checkpoint(saved)
 
 
