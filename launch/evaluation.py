@@ -56,6 +56,8 @@ def parse(arguments: list[str]) -> dict[str, Any]:
             raise CommandLineError(
                 f"Unknown argument {argument}: expected key=value, key one of {', '.join(DEFAULTS)}."
             )
+        if not text:
+            raise CommandLineError(f"{key}=: expected a value, found none.")
         given[key] = text if key not in NUMBERS else _number(key, text)
     if not given["ckpt_path"]:
         raise CommandLineError("ckpt_path is missing: expected a checkpoint, a run's folder, or last.")

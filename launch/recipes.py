@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torchrl.envs import EnvBase
 from components.buildable import MARK
 from launch.checkpoints import LAST, load_checkpoint
 from launch.runs import RUN_FILE
+from launch.values import check_calling
 
 # A checkpoint may come from anybody. On its word are called classes of these kinds and what is marked `buildable`, from
 # these folders of the project: no other functions, no methods, nothing private. A name alone proves little, since Hydra
@@ -73,7 +74,7 @@ def only_checkpoint(path: str, key: str) -> Path:
 
 
 def rebuild_method(
-    path: str | Path, trust: tuple[str, ...] = (), data_root: str = "data"
+    path: str | Path, trust: str | Sequence[str] = (), data_root: str = "data"
 ) -> tuple[L.LightningModule, dict[str, Any]]:
     """The method with its trained weights, and the recipe of its run; no environment or data set is made.
 
@@ -88,21 +89,22 @@ def rebuild_method(
 
 
 def rebuild(
-    path: Path, trust: tuple[str, ...] = (), data_root: str = "data"
+    path: str | Path, trust: str | Sequence[str] = (), data_root: str = "data"
 ) -> tuple[L.LightningModule, L.LightningDataModule, dict[str, Any]]:
     """As `rebuild_method`, with the datamodule of the run in the middle.
 
     Args:
         data_root: where data sets may be written that are not there yet.
     """
-    module, recipe = _rebuild(path, trust, data_root, ("module", "datamodule"))
-    return module, _built(recipe["datamodule"], path, L.LightningDataModule), recipe
+    module, recipe = _rebuild(Path(path), trust, data_root, ("module", "datamodule"))
+    return module, _built(recipe["datamodule"], Path(path), L.LightningDataModule), recipe
 
 
 def _rebuild(
-    path: Path, trust: tuple[str, ...], data_root: str, parts: tuple[str, ...]
+    path: Path, trust: str | Sequence[str], data_root: str, parts: tuple[str, ...]
 ) -> tuple[L.LightningModule, dict[str, Any]]:
     """The method, once all of the parts that will be built were checked."""
+    trust = (trust,) if isinstance(trust, str) else tuple(trust)
     checkpoint = load_checkpoint(path)
     recipe = checkpoint["learning_method"]["recipe"]
     if recipe is None:
@@ -113,7 +115,10 @@ def _rebuild(
     check_recipe(recipe, path, trust, (Path(data_root), *([] if study is None else [study])), parts)
     module = _built(recipe["module"], path, L.LightningModule, **recipe["spec"])
     module.recipe = recipe
-    module.on_load_checkpoint(checkpoint)
+    try:
+        module.on_load_checkpoint(checkpoint)
+    except ValueError as error:
+        raise ValueError(f"ckpt_path={path}: {error}") from error
     module.load_state_dict(checkpoint["state_dict"])
     return module, recipe
 
@@ -219,6 +224,7 @@ def check_targets(
     if isinstance(node, str) and "${" in node:  # would be looked up once more, after this check
         raise ValueError(f"{where}: {key}: expected a value, found an interpolation.")
     if isinstance(node, Mapping):
+        check_calling(node, f"{where}: {key}".rstrip())
         if "_target_" in node:
             looked_up = node["_target_"] in LOOK_UPS
             name = str(node.get("path" if looked_up else "_target_"))

@@ -1,6 +1,7 @@
 """Running an experiment: every arm with every seed, each a Lightning run of its own, then one report."""
 
 import copy
+import difflib
 import os
 import re
 import warnings
@@ -30,7 +31,7 @@ from components.wording import counted
 from launch.checkpoints import LAST, load_checkpoint
 from launch.choices import check_choices
 from launch.errors import CommandLineError, Stopped
-from launch.experiments import options_with
+from launch.experiments import known_keys, options_with
 from launch.files import read_results, write_json
 from launch.objectives import metrics_meant, objective_known, objective_value
 from launch.overrides import SEARCH_PATH, TYPED, command, given_value, override_key, quoted, sets_hydra
@@ -369,6 +370,12 @@ def _arm_config(arm: str, arms: Mapping[str, list[str]], overrides: list[str]) -
         unknown = re.search(r"Could not override '([^']+)'", str(error))
         if unknown is None or len(arms) == 1:
             raise
+        if unknown[1] in map(override_key, arms[arm]):
+            close = difflib.get_close_matches(unknown[1], known_keys(overrides), n=1)
+            meant = f" Did you mean {close[0]}?" if close else ""
+            raise CommandLineError(
+                f"arms.{arm}: expected keys of this experiment, found {unknown[1]}.{meant}"
+            ) from error
         raise CommandLineError(
             f"{unknown[1]}: what is typed holds for all arms, and the arm {arm} has no such key; leave it out with "
             f"arms.{arm}=null, or give it to one arm, as in '+arms.mine=[\"{unknown[1]}=VALUE\"]'."

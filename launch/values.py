@@ -16,6 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from components.checks import Count, CountOrZero, LearningRate, Momentum, NonNegative, Range, annotations, check_range
+from components.structure import check_structure
 from tenfold import PACKAGES
 
 # Of classes that are not the project's, and check their numbers late, without a name, or not at all.
@@ -36,6 +37,9 @@ RANGES = {
     },
 }
 
+# What a configuration says of how a `_target_` is called.
+CALLING = {"_target_": str, "_partial_": bool, "_recursive_": bool, "_convert_": str, "_args_": [object]}
+
 PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
 MANY = {list: "a list", tuple: "a list", Sequence: "a list", Mapping: "KEY: VALUE pairs, as in {KEY: VALUE}"}
 
@@ -47,6 +51,7 @@ def check_values(config: DictConfig, key: str = "") -> None:
         ValueError: a number, text or flag has another type than the parameter it is given to, or a number is out of its
             range; a target is not there, or does not take what it is given.
     """
+    check_calling(OmegaConf.to_container(config, resolve=True), key)
     target = config.get("_target_")
     called = _target(target, key) if target else None
     parameters = {**dict(_parameters(called)), **_foreign_ranges(target)} if target else {}
@@ -65,6 +70,12 @@ def check_values(config: DictConfig, key: str = "") -> None:
     if isinstance(environment, DictConfig) and isinstance(protocols, DictConfig):
         for name, protocol in protocols.items():
             _check_protocol(protocol, f"{key}.protocols.{name}", environment.get("_target_"))
+
+
+def check_calling(node: Mapping[str, Any], key: str) -> None:
+    """Raise a ValueError if what says how a target is called is of another type than it has to be."""
+    for name in CALLING.keys() & node.keys():
+        check_structure(node[name], CALLING[name], f"{key}.{name}".lstrip("."))
 
 
 def _check_protocol(protocol: Any, key: str, environment: str | None) -> None:
@@ -171,8 +182,15 @@ def _target(name: str, key: str) -> Any:
         return get_object(name)
     except Exception as error:  # Hydra raises what importing raises
         if isinstance(error.__cause__, ModuleNotFoundError):
-            raise ValueError(f"{key}._target_={name}: {missing_package(error.__cause__)}.") from error
+            raise ValueError(f"{key}._target_={name}: {_missing(name, error.__cause__)}.") from error
         raise ValueError(f"{key}._target_={name}: expected something to import: {error}") from error
+
+
+def _missing(target: str, error: ModuleNotFoundError) -> str:
+    """What a target lacks: a package, or something in one that is there."""
+    parent, _, name = (error.name or "").rpartition(".")
+    inside = parent and f"{target}.".startswith(f"{error.name}.")
+    return f"expected something in {parent}, found no {name}" if inside else missing_package(error)
 
 
 def missing_package(error: ModuleNotFoundError) -> str:

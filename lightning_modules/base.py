@@ -120,6 +120,20 @@ class LearningMethod(L.LightningModule, ABC):
         raise ValueError(f"trainer=fsdp: expected a method with frozen weights, found {type(self).__name__}; use ddp.")
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Those that were registered.
+
+        Raises:
+            ValueError: none of them trains a parameter that asks for a gradient, and nothing would say so.
+        """
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        trained = {id(parameter) for group in groups for parameter in group["params"]}
+        left = [name for name, each in self.named_parameters() if each.requires_grad and id(each) not in trained]
+        if left:
+            more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+            raise ValueError(
+                f"{left[0]}{more}: expected in an optimiser that is registered, or frozen by requires_grad_(False), "
+                "found neither."
+            )
         return self._optimizers
 
     @torch.compiler.disable
