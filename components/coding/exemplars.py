@@ -246,7 +246,8 @@ class PillowStore(ImageStore):
             items.append(payload[place + 2 : place + 2 + length])
             place += 2 + length
         if len(items) != count or place != len(payload):
-            raise ValueError(f"{count} images expected, found {len(items)} in {len(payload)} bytes.")
+            cut = ", the last of them cut off" if place > len(payload) else ""
+            raise ValueError(f"Expected {count} images, found {len(items)} in {len(payload)} bytes{cut}.")
         return items
 
     def restore(self, items: list[bytes]) -> Tensor:

@@ -113,22 +113,22 @@ class ImageCodec(nn.Module):
             FileNotFoundError: there is no such file.
             ValueError: it is damaged, or of a codec of other sizes.
         """
-        check_file(Path(path), "a trained codec (`module=image_codec` trains one)", "codec")
+        check_file(Path(path), "a trained codec (`module=image_codec` trains one)", "weights")
         try:
             state = load_file(path)
         except (SafetensorError, OSError) as error:
             if not is_damage(error):
                 raise
-            raise ValueError(f"codec={path}: expected a safetensors file, found a damaged one ({error}).") from error
+            raise ValueError(f"weights={path}: expected a safetensors file, found a damaged one ({error}).") from error
         own = self.state_dict()
         for name in [*own, *state]:
             shapes = [
                 f"{each[name].dtype} {list(each[name].shape)}" if name in each else "nothing" for each in (state, own)
             ]
             if shapes[0] != shapes[1]:
-                raise ValueError(f"codec={path}: {name} is {shapes[0]}, expected {shapes[1]}.")
+                raise ValueError(f"weights={path}: {name} is {shapes[0]}, expected {shapes[1]}.")
         if (name := not_finite(state, own)) is not None:
-            raise ValueError(f"codec={path}: {name} is not finite, expected finite weights.")
+            raise ValueError(f"weights={path}: {name} is not finite, expected finite weights.")
         self.load_state_dict(state)
         return self.freeze()
 

@@ -131,6 +131,8 @@ class GymnasiumEnv(MeasuredEnv):
                 f"environment.id={id}: expected a task of a module that is imported already, found {module}, which is "
                 f"not; name its class instead, as in 'environment.id={{_target_: {module}.CLASS, _partial_: true}}'."
             )
+        if options.get("render_mode") == "human":  # whose library ends the program where there is no screen
+            raise ValueError("environment.options.render_mode=human: expected none; evaluate.py films episodes.")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that there are newer versions
@@ -142,7 +144,12 @@ class GymnasiumEnv(MeasuredEnv):
                         env = gymnasium.wrappers.TimeLimit(env, episode_length)
                 for wrapper in wrappers:
                     env = wrapper(env)
-        except (gymnasium.error.Error, TypeError) as error:
+        except (gymnasium.error.Error, AssertionError, ImportError, TypeError, ValueError) as error:  # a task's own
+            option = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if option and option[1] in options:
+                raise ValueError(
+                    f"environment.options.{option[1]}: expected an option of {self.name}, found another."
+                ) from error
             raise ValueError(f"environment.id={self.name}: {error}") from error
         return env
 

@@ -55,12 +55,12 @@ class ArrayFile(ABC):
             self._close()
 
     @abstractmethod
-    def names(self) -> list[str]:
-        """Names of what is in the file; of groups, not of what is in them."""
+    def names(self, group: str = "") -> list[str]:
+        """Names of what is in the file or in a group of it; of groups, not of what is in them."""
 
-    def listed(self) -> str:
+    def listed(self, group: str = "") -> str:
         """The first names, for a sentence."""
-        names = self.names()
+        names = self.names(group)
         return ", ".join([*names[:_LISTED], *(["..."] if len(names) > _LISTED else [])]) or "none"
 
     @abstractmethod
@@ -76,13 +76,15 @@ class ArrayFile(ABC):
             ValueError: there is no such array, or another.
         """
         if key not in self:
-            raise ValueError(f"{self.file}: expected the array {key!r}, found only {self.listed()}.")
+            there = self.listed(key.rpartition("/")[0])
+            raise ValueError(f"{self.file}: expected the array {key!r}, found only {there}.")
         with self._library():
             shape, dtype, packed = self._describe(key)
         if len(shape) not in dimensions or dtype.kind not in "fiub" or 0 in shape:
-            expected = " or ".join(map(str, dimensions))
+            sizes = ("rows", "width", "depth")
+            expected = " or ".join(f"[{', '.join(sizes[:count])}]" for count in dimensions)
             raise ValueError(
-                f"{self.file}: expected {key} to be numbers of {expected} dimensions, found {dtype} {list(shape)}."
+                f"{self.file}: expected {key} to be numbers {expected}, none of them 0, found {dtype} {list(shape)}."
             )
         claimed = math.prod(shape) * dtype.itemsize
         if claimed > _LARGEST_RATIO * min(packed, os.path.getsize(self.file)) + self.free_claim:
@@ -135,7 +137,7 @@ class NpzFile(ArrayFile):
     def _close(self) -> None:
         self._archive.close()
 
-    def names(self) -> list[str]:
+    def names(self, group: str = "") -> list[str]:
         return sorted(self._members)
 
     def __contains__(self, key: str) -> bool:
@@ -170,9 +172,9 @@ class Hdf5File(ArrayFile):
     def _close(self) -> None:
         self._h5.close()
 
-    def names(self) -> list[str]:
+    def names(self, group: str = "") -> list[str]:
         with self._library():
-            return sorted(self._h5)
+            return sorted(self._find(group) if group and self.is_group(group) else self._h5)
 
     def __contains__(self, key: str) -> bool:
         with self._library():

@@ -64,6 +64,8 @@ def read_own(path: str | Path, action_range: Bounds | None = None) -> Transition
         FileNotFoundError: there is no such file.
         ValueError: a file is damaged, lacks a key, or has other lengths, sizes or values than expected.
     """
+    if action_range is not None and not _are_bounds(action_range):
+        raise ValueError(f"action_range={action_range}: expected two numbers or two lists, the lower first.")
     parts: list[dict[str, np.ndarray]] = []
     for number, file in enumerate(own_files(path)):
         with _KINDS[file.suffix](file) as arrays:
@@ -157,9 +159,10 @@ def _read_arrays(arrays: ArrayFile, prefix: str) -> tuple[dict[str, np.ndarray],
         if isinstance(arrays, Hdf5File) and arrays.is_group(keys[name]):
             raise ValueError(f"{file}: expected {keys[name]} to be one array, found a dictionary of several.")
         if not there and name == "terminals":
+            there = arrays.listed(prefix.rstrip("/"))
             raise ValueError(
                 f"{file}: expected the array '{prefix}terminals' (or 'terminations'), 1 where an episode ended for "
-                f"good, beside 'timeouts' (or 'truncations'), 1 where it was cut off; found only {arrays.listed()}."
+                f"good, beside 'timeouts' (or 'truncations'), 1 where it was cut off; found only {there}."
             )
         if there or name in _REQUIRED:
             rows[name] = arrays.read(keys[name], *dimensions)
@@ -206,6 +209,15 @@ def _limits(file: Path, bounds: Bounds, width: int) -> tuple[np.ndarray, np.ndar
     if not (np.isfinite([low, high]).all() and (low < high).all()):
         raise ValueError(f"{file}: expected finite bounds, the lower first, as action_range, found {bounds}.")
     return low, high
+
+
+def _are_bounds(bounds: Bounds) -> bool:
+    """Whether these can be the bounds of actions, whatever the width of those."""
+    try:
+        low, high = (np.asarray(bound, np.float64) for bound in bounds)
+        return bool(np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all())
+    except (TypeError, ValueError):
+        return False
 
 
 def _check_widths(file: Path, part: dict[str, np.ndarray], first: dict[str, np.ndarray]) -> None:

@@ -69,6 +69,11 @@ def test_what_is_packed_comes_back_and_images_are_alike(store):
     assert len(store.pack(items[:5])) < len(payload)
     with pytest.raises(ValueError, match=r"found|decoded"):
         store.unpack(payload[:-3], 20)
+    if isinstance(store, PillowStore):
+        with pytest.raises(
+            ValueError, match=rf"^Expected 20 images, found 20 in {len(payload) - 1} bytes, the last of th"
+        ):
+            store.unpack(payload[:-1], 20)
 
 
 def test_codes_take_fewer_bytes_the_more_is_known_of_them(codec):

@@ -137,11 +137,11 @@ def test_codecs_are_saved_and_loaded(tmp_path):
         value.nbytes for name, value in made.state_dict().items() if name.endswith((".counts", ".sums", ".begun"))
     )
     assert counted + training_only == sum(value.nbytes for value in made.state_dict().values())
-    with pytest.raises(ValueError, match=r"codec=.*expected torch.float32 \["):
+    with pytest.raises(ValueError, match=r"weights=.*expected torch.float32 \["):
         codec(width=16).load(tmp_path / "codec.safetensors")
     whole = (tmp_path / "codec.safetensors").read_bytes()
     (tmp_path / "codec.safetensors").write_bytes(whole[:50])
-    with pytest.raises(ValueError, match=r"codec=.*found a damaged one"):
+    with pytest.raises(ValueError, match=r"weights=.*found a damaged one"):
         codec().load(tmp_path / "codec.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"codec=.*expected a trained codec .*, found none"):
+    with pytest.raises(FileNotFoundError, match=r"weights=.*expected a trained codec .*, found none"):
         codec().load(tmp_path / "nothing")

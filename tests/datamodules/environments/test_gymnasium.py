@@ -210,7 +210,15 @@ def test_actions_that_are_not_finite_are_refused():
             {"id": Faulty, "options": {"acts": 0}, "episode_length": 5},
             r"expected continuous actions .*, found Box\[0\]\.",
         ),
-        ({"id": "Pendulum-v1", "options": {"mass": 1}}, "Pendulum-v1: .*unexpected keyword argument 'mass'"),
+        (
+            {"id": "Pendulum-v1", "options": {"mass": 1}},
+            r"^environment\.options\.mass: expected an option of Pendulum-v1, found another",
+        ),
+        (
+            {"id": "Pendulum-v1", "options": {"render_mode": "human"}},
+            r"^environment\.options\.render_mode=human: expected",
+        ),
+        ({"id": "Reacher-v2"}, r"^environment\.id=Reacher-v2: The mujoco v2 and v3 based environments have been moved"),
         ({"id": "hopper-v5"}, "environment.id=hopper-v5: Environment `hopper` doesn't exist"),
         ({"id": Walk()}, "environment.id: expected the name of a task, or what makes one, found Walk;"),
         ({"id": "antigravity:Cave-v0"}, "expected a task of a module that is imported already, found antigravity"),

@@ -212,9 +212,18 @@ def test_what_is_wrong_with_a_minari_data_set_is_one_sentence(tmp_path):
             "observations, rewards, timeouts",
         ),
         ({"actions": np.zeros((7, 3))}, "expected 7 rows in rewards, found 8; actions have 7"),
-        ({"actions": np.zeros(8)}, r"expected actions to be numbers of 2 dimensions, found float64 \[8\]"),
-        ({"actions": np.zeros((8, 0))}, r"expected actions to be numbers of 2 dimensions, found float64 \[8, 0\]"),
-        ({"actions": np.full((8, 2), "left")}, "expected actions to be numbers of 2 dimensions, found <U4"),
+        (
+            {"actions": np.zeros(8)},
+            r"expected actions to be numbers .rows, width., none of them 0, found float64 \[8\]",
+        ),
+        (
+            {"actions": np.zeros((8, 0))},
+            r"expected actions to be numbers .rows, width., none of them 0, found float64 \[8, 0\]",
+        ),
+        (
+            {"actions": np.full((8, 2), "left")},
+            "expected actions to be numbers .rows, width., none of them 0, found <U4",
+        ),
         ({"rewards": np.zeros((8, 2))}, r"expected one number in a row of rewards, found \[8, 2\]"),
         ({"rewards": np.full(8, 1e39)}, r"expected numbers of at most 3.4e\+38 in rewards, found 1e\+39"),
         ({"rewards": np.full(8, -np.inf)}, "expected finite numbers in rewards, found -inf in row 0"),
@@ -237,9 +246,13 @@ def test_what_is_wrong_with_a_file_is_one_sentence(change, message, tmp_path):
 
 def test_what_is_wrong_with_a_path_or_bounds_is_one_sentence(tmp_path):
     path = write(tmp_path / "mine.npz", rows())
-    for bounds in ([-2], [2, -2], [[-2, -2], [2, 2]], [-np.inf, 2], "ab"):
-        with pytest.raises(ValueError, match=r"mine.npz: expected .* as action_range, found"):
+    for bounds in ([-2], [2, -2], [[-2, 2], [2, 2]], [-np.inf, 2], "ab"):
+        with pytest.raises(
+            ValueError, match=r"^action_range=.*: expected two numbers or two lists, the lower first\.$"
+        ):
             read_own(path, bounds)
+    with pytest.raises(ValueError, match=r"mine.npz: expected two numbers or two lists of \d as action_range, found"):
+        read_own(path, [[-2] * 7, [2] * 7])
     with pytest.raises(ValueError, match=r"mine.csv: expected a file of one of .npz, .hdf5, .h5, or a folder of such"):
         read_own(tmp_path / "mine.csv")
     with pytest.raises(FileNotFoundError, match=r"none.npz: expected an .npz file, found none"):
@@ -253,3 +266,21 @@ def test_what_is_wrong_with_a_path_or_bounds_is_one_sentence(tmp_path):
         ValueError, match=r"b.npz: expected observation of width \[2\], as in what was read before, found"
     ):
         read_own(tmp_path / "two")
+
+
+def test_of_a_group_that_lacks_an_array_it_is_said_what_there_is(tmp_path):
+    with h5py.File(tmp_path / "main_data.hdf5", "w") as file:
+        for name in ("observations", "actions", "terminations", "truncations"):
+            file[f"episode_0/{name}"] = np.zeros((3, 1) if name in ("observations", "actions") else 3)
+    expected = r"expected the array 'episode_0/rewards', found only actions, observations, terminations, truncations\.$"
+    with pytest.raises(ValueError, match=expected):
+        read_own(tmp_path / "main_data.hdf5")
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_the_row_of_a_number_that_is_not_finite_is_named(value, tmp_path):
+    changed = rows()
+    changed["observations"] = changed["observations"].astype(float)
+    changed["observations"][5, 0] = value
+    with pytest.raises(ValueError, match=rf"expected finite numbers in observations, found {value} in row 5\.$"):
+        read_own(write(tmp_path / "mine.npz", changed))

@@ -102,12 +102,18 @@ def test_exorl_keeps_all_reward_columns_and_needs_no_physics(tmp_path):
         ({"observation": np.full((STEPS + 1, 3), 1e39)}, r"expected numbers of at most 3.4e\+38 in observation"),
         (
             {"observation": np.zeros((STEPS + 1, 0))},
-            r"expected observation to be numbers of 2 dimensions, found float64",
+            r"expected observation to be numbers .rows, width., none of them 0, found float64",
         ),
-        ({"action": np.zeros(STEPS + 1, [("x", float)])}, "expected action to be numbers of 2 dimensions, found"),
+        (
+            {"action": np.zeros(STEPS + 1, [("x", float)])},
+            "expected action to be numbers .rows, width., none of them 0, found",
+        ),
         ({"discount": np.full((STEPS + 1, 1), 0.5)}, "expected discounts of 0 or 1"),
-        ({"action": np.array([None] * 6)}, r"expected action to be numbers of 2 dimensions, found object \[6\]"),
-        ({"reward": np.array([None] * 6)}, "expected reward to be numbers of 1 or 2 dimensions, found object"),
+        (
+            {"action": np.array([None] * 6)},
+            r"expected action to be numbers .rows, width., none of them 0, found object \[6\]",
+        ),
+        ({"reward": np.array([None] * 6)}, "expected reward to be numbers .rows. or .rows, width., none of them 0, found object"),
         ({"discount": None}, "expected the array 'discount'"),
     ],
 )
@@ -189,7 +195,7 @@ def test_mood_source_and_termination(tmp_path):
         ({"reward": np.zeros((2, STEPS))}, r"expected reward of shape \[3, 6, ...\], found \[2, 5\]"),
         ({"action": np.zeros((3, STEPS, 2))}, r"expected action of shape \[3, 6, ...\]"),
         ({"action": np.full((3, STEPS + 1, 2), np.nan)}, "expected finite numbers in action"),
-        ({"observation": np.zeros((3, 4))}, "expected observation to be numbers of 3 dimensions"),
+        ({"observation": np.zeros((3, 4))}, "expected observation to be numbers .rows, width, depth."),
         ({"source": np.zeros(2)}, r"expected source of shape \[3\], found \[2\]"),
         ({"source": np.array([0, 0.5, 1])}, "expected whole numbers of 64 bits in source, found 0.5"),
         ({"source": np.array([0, np.nan, 1])}, "expected whole numbers of 64 bits in source, found nan"),
@@ -299,7 +305,7 @@ def test_d4rl_without_timeouts_counts_1000_steps(tmp_path):
         ({"rewards": np.full(4, np.nan)}, "expected finite numbers in rewards"),
         ({"terminals": [0, 0.5, 0, 0]}, "expected only 0 and 1 in terminals, found 0.5"),
         ({"infos/qpos": np.full((4, 1), np.inf)}, "expected finite numbers in infos/qpos"),
-        ({"rewards": np.zeros((4, 1))}, "expected rewards to be numbers of 1 dimensions"),
+        ({"rewards": np.zeros((4, 1))}, "expected rewards to be numbers .rows."),
         ({"timeouts": [1] * 4}, "expected at least one transition, found none in 4 rows"),
     ],
 )
