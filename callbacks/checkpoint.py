@@ -36,12 +36,12 @@ class Checkpoint(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self.every % module.updates_per_step:
             raise ValueError(
-                f"checkpoint_every={self.every} is no multiple of updates_per_step={module.updates_per_step}."
+                f"every={self.every}: expected a multiple of updates_per_step={module.updates_per_step}, found none."
             )
         allowed = getattr(trainer.datamodule, "checkpoint_every", self.every)
         if self.every > allowed:
             raise ValueError(
-                f"callbacks.checkpoint.every={self.every}: expected at most datamodule.checkpoint_every={allowed}, for "
+                f"every={self.every}: expected at most datamodule.checkpoint_every={allowed}, for "
                 "which the replay buffer has room."
             )
 

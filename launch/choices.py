@@ -1,6 +1,8 @@
 """Whether the options of groups that are chosen are what an experiment leaves of them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from hydra._internal.config_repository import ConfigRepository
@@ -12,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from launch.errors import CommandLineError
 from launch.experiments import repository
 from launch.overrides import SEARCH_PATH, given_value, override_key
+from launch.values import one_of
 
 ABSENT = object()
 
@@ -50,6 +53,29 @@ def check_choices(config: DictConfig, overrides: Sequence[str]) -> None:
                         f"which {file}.yaml sets over it; put that into a file DIR/{group}/NAME.yaml{begins} and "
                         f"choose it in the experiment's defaults by `override /{key}: NAME`, or leave {override} out"
                     )
+
+
+def check_used(config: DictConfig, overrides: Sequence[str], known: Collection[str]) -> None:
+    """Check that every key that a person sets is of a part that is built, or that something there refers to it.
+
+    An experiment may have brought a key that what was chosen instead does not take, such as the domain of another
+    environment.
+
+    Args:
+        known: first words of keys that are read by themselves.
+
+    Raises:
+        CommandLineError: setting a key came to nothing.
+    """
+    plain = OmegaConf.to_container(config)
+    references = set(re.findall(r"\$\{(?:\w+:\$\{)?([\w.]+)", json.dumps(plain, default=str)))
+    for key in dict.fromkeys(override_key(override) for override in overrides if not override.startswith("~")):
+        group, _, name = key.partition(".")
+        if not name or group in known or not isinstance(plain.get(group), Mapping):
+            continue
+        if not any(f"{key}.".startswith(f"{each}.") or each.startswith(f"{key}.") for each in references):
+            taken = sorted(each.removeprefix(f"{group}.") for each in references if each.startswith(f"{group}."))
+            raise CommandLineError(f"{key}: expected what {group} takes here, {one_of(taken, name)}, found {name}.")
 
 
 def _targets(node: Any, key: str) -> Iterator[tuple[str, str]]:

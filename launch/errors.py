@@ -230,7 +230,11 @@ def _unknown(key: str) -> str:
     given = [argument for argument in sys.argv[1:] if override_key(argument) in keys]
     known = known_keys(given)
     if key in known:  # it was given a dictionary with keys of its own
-        return f"{key} can't be replaced as a whole: set its keys one by one, new ones as +{key}.NAME=VALUE."
+        another = f", another class as {key}._target_=CLASS" if f"{key}._target_" in known else ""
+        return (
+            f"{key} can't be replaced as a whole: set its keys one by one, new ones as +{key}.NAME=VALUE{another}, and "
+            f"take out what is too much by '~{key}.NAME'."
+        )
     for arm, overrides in arms_with(key, given).items():
         typed = f"arms.{arm}=[{','.join(map(quoted, [*overrides, f'{key}=VALUE']))}]"
         return f"Unknown key {key}: only the arm {arm} has it, for which it is typed as {shlex.quote(typed)}."

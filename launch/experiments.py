@@ -54,14 +54,14 @@ def options_with(group: str, key: str, search_path: Sequence[str] = ()) -> list[
 def known_keys(overrides: Sequence[str]) -> list[str]:
     """Every key of the configuration that overrides compose, in dotted form."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return _dotted(compose("train", list(overrides)))
+        return keys_of(compose("train", list(overrides)))
 
 
 def arms_with(key: str, overrides: Sequence[str]) -> dict[str, list[str]]:
     """Those arms, and their overrides, of the experiment that overrides compose whose configuration has a key."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         arms = OmegaConf.to_container(compose("train", list(overrides)))["arms"] or {}
-        return {arm: own for arm, own in arms.items() if own and key in _dotted(compose("train", [*own, *overrides]))}
+        return {arm: own for arm, own in arms.items() if own and key in keys_of(compose("train", [*own, *overrides]))}
 
 
 def repository(search_path: Sequence[str]) -> ConfigRepository:
@@ -86,10 +86,11 @@ def _names(repository: ConfigRepository) -> list[str]:
     return sorted(names, key=lambda name: ("/" in name, name))
 
 
-def _dotted(config: DictConfig, prefix: str = "") -> list[str]:
+def keys_of(config: DictConfig, prefix: str = "") -> list[str]:
+    """Every key of a configuration, in dotted form."""
     keys = []
     for name in config:
         key = f"{prefix}{name}"
         child = config._get_node(name)
-        keys += [key, *(_dotted(child, f"{key}.") if isinstance(child, DictConfig) and not child._is_none() else [])]
+        keys += [key, *(keys_of(child, f"{key}.") if isinstance(child, DictConfig) and not child._is_none() else [])]
     return keys

@@ -54,6 +54,8 @@ def train(config: DictConfig) -> float | None:
     with read_write(hydra_config):  # Lightning puts it between quotes, for the processes that it starts
         hydra_config.run.dir = quoted(hydra_config.runtime.output_dir).removeprefix('"').removesuffix('"')
     with errors_past_hydra():
+        if Path(hydra_config.runtime.output_dir).resolve() == Path.cwd():
+            raise CommandLineError("hydra.run.dir: expected a folder of the run's own, found the one it is started in.")
         if is_first_process():
             as_known = (
                 " with its own settings"

@@ -138,9 +138,11 @@ def _built(node: Mapping[str, Any], path: Path, kind: type, **sizes: Any) -> Any
 
 
 def study_of(checkpoint: Path) -> Path | None:
-    """The folder of the study that a checkpoint lies in, STUDY/ARM/SEED/checkpoints/last.ckpt; None if in none."""
-    folder = next(iter(checkpoint.resolve().parents[3:4]), None)
-    return folder if folder is not None and (folder / RUN_FILE).exists() else None
+    """The folder of the study that a checkpoint lies in, STUDY/ARM/SEED/checkpoints/last.ckpt; None if in none.
+
+    An arm may be a path of two, as that of an experiment such as paper/NAME without arms.
+    """
+    return next((folder for folder in checkpoint.resolve().parents[3:5] if (folder / RUN_FILE).exists()), None)
 
 
 def moved(node: Any, before: str | None, now: str) -> Any:

@@ -95,7 +95,8 @@ def write_evaluation(title: str, made_by: str, rewards: Mapping[str, Mapping[str
     for protocol, named in rewards.items():
         each = [f"`{name}`" if name == reward else f"`{name}`, which is `{reward}`" for name, reward in named.items()]
         lines += [f"From the starts of `{protocol}`: {'; '.join(each)}.", ""]
-    lines += ["Mean ± standard error over episodes.", "", *table, ""]
+    spread = any(len(values) > 1 for values in result["metrics"].values())
+    lines += [*(["Mean ± standard error over episodes.", ""] if spread else []), *table, ""]
     for name, what in PICTURES.items():
         picture = folder / Path(name).name
         if picture.exists():
@@ -165,7 +166,7 @@ def _markdown(
     for sentence in sentences(summary["resumed"], len(runs)):
         lines += [sentence, ""]
     named = f"Seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
-    lines += [f"{named}; mean ± standard error over {_over(arms, seeds)}.", ""]
+    lines += [f"{named}; {_over(arms, seeds)}.", ""]
     lines += _table(arms, lambda value: _cell(value, len(seeds)))
     for remark in [*_notes(config.notes, overrides), *remarks]:
         lines += [remark, ""]
@@ -189,10 +190,13 @@ def _markdown(
 
 
 def _over(arms: Mapping[str, Any], seeds: Sequence[int]) -> str:
+    """What numbers are means of, and what of their spread is told."""
+    if all(value["stderr"] is None for metrics in arms.values() for value in metrics.values()):
+        return "one value each, of which no spread is known"
     if len(seeds) == 1:
-        return "episodes"
+        return "mean ± standard error over episodes"
     without = "; (episodes): over those, for want of seeds" * (len(_trained(arms)) < len(arms))
-    return f"seeds, each being the mean of its episodes{without}"
+    return f"mean ± standard error over seeds, each being the mean of its episodes{without}"
 
 
 def _trained(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from launch.resumptions import RESUMED
 RUN_FILE = "run.yaml"
 """Marks the folder of a run; holds the overrides it was started with, and what was changed since."""
 LOCK = ".lock"
+STAMP = "%Y-%m-%d_%H-%M-%S-%f"
 _made: list[Path] = []
 
 
@@ -54,7 +55,13 @@ def started_by_others() -> tuple[int, str]:
 
 def check_folder_name(key: str, name: Any) -> None:
     """Raise a ValueError unless a folder of this name lies where it is expected to."""
-    if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts or "${" in name:
+    if (
+        not isinstance(name, str)
+        or not Path(name).parts
+        or Path(name).is_absolute()
+        or ".." in Path(name).parts
+        or "${" in name
+    ):
         raise ValueError(f"{key}={name!r}: expected a name for a folder in that of the runs.")
 
 
@@ -63,7 +70,7 @@ def new_folder(parent: Path) -> Path:
     missing = [each for each in (parent, *parent.parents) if not each.exists()]
     while True:
         parent.mkdir(parents=True, exist_ok=True)
-        folder = parent / datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
+        folder = parent / datetime.now().strftime(STAMP)
         with suppress(FileExistsError, FileNotFoundError):  # another program may just have removed an empty parent
             folder.mkdir()
             _made.extend([*reversed(missing), folder])
@@ -171,17 +178,28 @@ def newest_run(output_root: str, name: str, experiment: str) -> Path:
         FileNotFoundError: there is none.
     """
     root = Path(output_root)
-    runs = {(run.parent.name, 0, ""): run.parent for run in (root / name).glob(f"*/{RUN_FILE}")}
+    runs = {
+        (run.parent.name, 0, ""): run.parent for run in (root / name).glob(f"*/{RUN_FILE}") if _is_stamp(run.parent)
+    }
     for run in root.glob(f"sweep/*/*/{RUN_FILE}"):
         if f"experiment={experiment}" in read_overrides(run.parent):
             runs[run.parent.parent.name, len(run.parent.name), run.parent.name] = run.parent
+    if not runs:  # but what has a name of its own, or is a copy
+        runs = {("", run.stat().st_mtime, ""): run.parent for run in (root / name).glob(f"*/{RUN_FILE}")}
     if not runs:
         raise FileNotFoundError(f"ckpt_path=last: expected a run of {name} in {root / name}, found none.")
     newest = runs[max(runs)].resolve()
-    empty = [folder for folder in (root / name).glob("*/") if folder.name > max(runs)[0]]
+    empty = [folder for folder in (root / name).glob("*/") if _is_stamp(folder) and folder.name > max(runs)[0]]
     if empty:
         print(f"ckpt_path=last: {max(empty)} has nothing to go on with; the run before is {newest}.", flush=True)
     return newest
+
+
+def _is_stamp(folder: Path) -> bool:
+    """Whether a folder is named after the time at which it was made."""
+    with suppress(ValueError):
+        return bool(datetime.strptime(folder.name, STAMP))
+    return False
 
 
 def run_of(path: Path) -> Path:

@@ -5,9 +5,10 @@ import difflib
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from logging import CRITICAL, ERROR, WARNING, getLogger
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,17 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from callbacks.resumption import Resumption
+from callbacks.run_log import CLOCKS, read_rows
 from components.checks import Seed, Size, check_range
 from components.structure import check_structure
 from components.wording import counted
 from launch.checkpoints import LAST, load_checkpoint
-from launch.choices import check_choices
+from launch.choices import check_choices, check_used
 from launch.errors import CommandLineError, Stopped
-from launch.experiments import known_keys, options_with
+from launch.experiments import keys_of, options_with
 from launch.files import read_results, write_json
 from launch.objectives import metrics_meant, objective_known, objective_value
-from launch.overrides import SEARCH_PATH, TYPED, command, given_value, override_key, quoted, sets_hydra
+from launch.overrides import NEUTRAL, SEARCH_PATH, TYPED, command, given_value, override_key, quoted, sets_hydra
 from launch.recipes import RUN_FOLDERS, check_targets, check_writes, foreign_packages, moved, only_checkpoint
 from launch.report import REFERENCES, write_report
 from launch.resumptions import PARTS, changes, history, in_words, leaves
@@ -75,6 +77,10 @@ TOP_LEVEL = {
 """What the top-level keys of configs/train.yaml hold, but for those of groups and `arms`."""
 
 
+BUILT = ("module", "datamodule", "trainer", "callbacks", "logger")
+"""The parts of a run that are built."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One arm with one seed."""
@@ -90,6 +96,10 @@ class Run:
     @property
     def results(self) -> Path:
         return self.folder / "results.json"
+
+    def log(self, group: str) -> Path:
+        """What was recorded of a group of metrics, ``train`` or ``eval``."""
+        return self.folder / f"{group}.csv"
 
     @property
     def checkpoint(self) -> Path:
@@ -201,14 +211,13 @@ def _own_packages(configs: Mapping[Run, DictConfig]) -> set[str]:
 
 def _parts(config: DictConfig) -> dict[str, Any]:
     """Those of a run that are built."""
-    names = ("module", "datamodule", "callbacks", "logger", "trainer")
-    return {name: OmegaConf.to_container(config[name], resolve=True) for name in names if config[name] is not None}
+    return {name: OmegaConf.to_container(config[name], resolve=True) for name in BUILT if config[name] is not None}
 
 
 def _check_parts(config: DictConfig, overrides: Sequence[str]) -> None:
     """Raise a ValueError unless a run has what every run has, and what it has can be built."""
     experiment = HydraConfig.get().runtime.choices.get("experiment")
-    for part in ("module", "datamodule", "trainer", "callbacks", "logger"):
+    for part in BUILT:
         found = config.get(part)
         where = part if part in ("callbacks", "logger") else f"{part}._target_"
         if OmegaConf.select(config, where) is None:
@@ -235,6 +244,10 @@ def _check_settings(config: DictConfig, overrides: Sequence[str]) -> None:
     """
     check_types(config, TOP_LEVEL)
     check_folder_name("name", config.name)
+    if not config.data_root or "${" in config.data_root:
+        raise ValueError(f"data_root={config.data_root!r}: expected the path of a folder.")
+    for key in {"run_dir", "study_dir", "arm"}.intersection(map(override_key, overrides)):
+        raise CommandLineError(f"{key}: expected nothing, for the program sets it; output_root says where runs go.")
     if config.init_parts and config.init_from is None:
         raise CommandLineError(f"init_parts={config.init_parts}: expected together with init_from, found without.")
     check_range("seed + num_seeds - 1", config.seed + config.num_seeds - 1, Seed)
@@ -371,7 +384,7 @@ def _arm_config(arm: str, arms: Mapping[str, list[str]], overrides: list[str]) -
         if unknown is None or len(arms) == 1:
             raise
         if unknown[1] in map(override_key, arms[arm]):
-            close = difflib.get_close_matches(unknown[1], known_keys(overrides), n=1)
+            close = difflib.get_close_matches(unknown[1], keys_of(compose("train", overrides)), n=1)
             meant = f" Did you mean {close[0]}?" if close else ""
             raise CommandLineError(
                 f"arms.{arm}: expected keys of this experiment, found {unknown[1]}.{meant}"
@@ -381,6 +394,7 @@ def _arm_config(arm: str, arms: Mapping[str, list[str]], overrides: list[str]) -
             f"arms.{arm}=null, or give it to one arm, as in '+arms.mine=[\"{unknown[1]}=VALUE\"]'."
         ) from error
     check_choices(config, [*arms[arm], *overrides])
+    check_used(config, overrides, (*BUILT, *NEUTRAL, "arms"))
     return config
 
 
@@ -518,4 +532,22 @@ def _finish(config: DictConfig, overrides: list[str], configs: Mapping[Run, Dict
     remarks, resumed, packages = _replaced(config, kept), read_resumed(folder), _own_packages(configs)
     write_report(config, kept, list(configs), folder, remarks, resumed, packages)
     print((folder / "report.md").read_text())
+    for sentence in _nowhere(config, set(map(override_key, kept)), list(configs)):
+        print(sentence)
     print(folder)
+
+
+def _nowhere(config: DictConfig, typed: Collection[str], runs: Sequence[Run]) -> Iterator[str]:
+    """Says which of the metrics that a person wants to see no run has."""
+    learned = {name for run in runs if run.log("train").exists() for name in read_rows(run.log("train"))[0]}
+    learned -= set(CLOCKS)
+    scores = {name for run in runs for name in read_results(run.results)["metrics"]}
+    asked = {
+        "training_curves": (list(config.training_curves), learned),
+        "curves_against": ([config.curves_against], learned | scores),
+        "aggregate": ([config.aggregate], scores),
+    }
+    for key in asked.keys() & typed:
+        for name in filter(None, asked[key][0]):
+            if not any(fnmatch(metric, name) for metric in asked[key][1]):
+                yield f"{key}: no run has measured {name}; expected {one_of(sorted(asked[key][1]), name)}."

@@ -29,7 +29,10 @@ RANGES = {
     },
     "lightning.Trainer": {
         "devices": list[CountOrZero] | str | Annotated[int, Range(-1, 2**16)],  # which ones, or how many
-        "max_epochs": Annotated[int, Range(-1, -1)],  # the method's own counters end a run
+        # The method's own counters end a run, and evaluations are whole.
+        **{name: Annotated[int, Range(-1, -1)] for name in ("max_epochs", "max_steps")},
+        **dict.fromkeys(("fast_dev_run", "max_time", "min_epochs", "min_steps", "overfit_batches"), types.NoneType),
+        **{f"limit_{part}_batches": types.NoneType for part in ("train", "val", "test", "predict")},
         "reload_dataloaders_every_n_epochs": Annotated[int, Range(1, 1)],
         "check_val_every_n_epoch": Count,
         "num_sanity_val_steps": CountOrZero,

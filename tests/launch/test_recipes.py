@@ -100,6 +100,8 @@ def test_nothing_else_is_called(name):
         {"_target_": "components.networks.encoders.${x}"},
         {"_target_": ["os.system"]},
         {"_target_": None},
+        {"_target_": "components.networks.encoders.FlatObservations", "_partial_": None},
+        {"_target_": "components.networks.encoders.FlatObservations", "_partial_": 5},
         {"_target_": "gymnasium.wrappers.RecordVideo", "video_folder": "x"},
         {"_target_": "hydra.utils.get_method", "path": "components.control.weighting.sqrt_scaled", "_args_": []},
         {"_target_": "hydra.utils.get_object", "path": "os.system"},

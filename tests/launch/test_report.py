@@ -12,7 +12,7 @@ from launch.files import write_json
 from launch.overrides import NEUTRAL, departures
 from launch.report import HOW_LONG, write_evaluation, write_report
 from launch.statistics import bootstrap_interval
-from launch.study import Run
+from launch.study import Run, _nowhere
 
 MADE = {
     "code": "abc+",
@@ -195,3 +195,23 @@ def test_an_evaluation_has_a_report_of_its_own(tmp_path: Path):
     write_json(tmp_path / "results.json", {**result, "provenance": {"code": "abc"}})
     with pytest.raises(ValueError, match=r"results.json.provenance: expected versions, found none"):
         write_evaluation("", "", {}, tmp_path)
+
+
+def test_a_spread_that_nobody_knows_is_not_spoken_of(study):
+    _, report = study({"arm": [{"held_out/error": [5.0]}]})
+    assert "Seed 0; one value each, of which no spread is known." in report
+    assert "±" not in report
+
+
+def test_metrics_that_no_run_has_are_named_to_who_asked_for_them(study, tmp_path):
+    study({"arm": [{"task/return": [1.0]}]})
+    (tmp_path / "arm" / "seed_0" / "train.csv").write_text("updates,env_steps,seconds,critic_loss\n1,0,0.5,2\n")
+    config = OmegaConf.create(
+        {"training_curves": ["critic_loss", "critic_los"], "curves_against": "task/return", "aggregate": "*/scor"}
+    )
+    runs = [Run("arm", 0, tmp_path / "arm" / "seed_0")]
+    assert sorted(_nowhere(config, {"training_curves", "aggregate", "curves_against"}, runs)) == [
+        "aggregate: no run has measured */scor; expected one of task/return.",
+        "training_curves: no run has measured critic_los; expected one of critic_loss.",
+    ]
+    assert not list(_nowhere(config, {"module.updates"}, runs))  # an experiment's own, of arms that are left out

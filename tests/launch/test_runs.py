@@ -1,5 +1,7 @@
 """Folders of runs, what they were started with, and what they go on with."""
 
+import os
+import shutil
 import subprocess
 import sys
 from datetime import datetime
@@ -7,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from launch.runs import LOCK, check_links, lasting, locked, merged, new_folder, write_overrides
+from launch.recipes import study_of
+from launch.runs import LOCK, check_links, lasting, locked, merged, new_folder, newest_run, write_overrides
 
 BEGAN = ["experiment=fb_overdrive", "+own=1", "module.updates=5", "+preset=fb_mm", "num_seeds=2"]
 HOLD = """
@@ -94,3 +97,21 @@ def test_of_an_override_that_was_given_twice_the_last_counts(tmp_path):
     write_overrides(tmp_path, twice)
     assert merged(tmp_path, twice) == twice
     assert merged(tmp_path, ["module.updates=50"])[-1] == "module.updates=50"
+
+
+def test_the_newest_run_is_the_one_that_began_last(tmp_path):
+    folders = ["2026-01-02_03-04-05-000006", "2026-01-02_03-04-05-000007", "best", "2026-01-02_03-04-05-000007 copy"]
+    for name in folders:
+        write_overrides(tmp_path / "x" / name, ["experiment=x"])
+    assert newest_run(str(tmp_path), "x", "x").name == folders[1]
+    for name in folders[:2]:
+        shutil.rmtree(tmp_path / "x" / name)
+    os.utime(tmp_path / "x" / folders[3] / "run.yaml", (1, 1))
+    assert newest_run(str(tmp_path), "x", "x").name == "best"  # where there is no other
+
+
+@pytest.mark.parametrize("arm", ["arm", "paper/arm"])
+def test_the_study_of_a_checkpoint_is_found_below_arms_of_all_names(tmp_path, arm):
+    write_overrides(tmp_path / "study", [])
+    assert study_of(tmp_path / "study" / arm / "seed_0" / "checkpoints" / "last.ckpt") == tmp_path / "study"
+    assert study_of(tmp_path / "other" / arm / "seed_0" / "checkpoints" / "last.ckpt") is None

@@ -193,3 +193,36 @@ def test_a_package_that_is_missing_is_looked_for_where_it_may_be(target, found, 
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=rf"^part\._target_={target}: expected the package {re.escape(found)}"):
         check_values(OmegaConf.create({"part": {"_target_": target}}))
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("my_rules_there.Trimed", "expected something in my_rules_there, found no Trimed"),
+        ("my_rules_there.more.Rule", "expected something in my_rules_there, found no more"),
+        ("components.control.pessimism.Nope", "expected something in components.control.pessimism, found no Nope"),
+        ("components.nope.Rule", "expected something in components, found no nope"),
+    ],
+)
+def test_of_a_package_that_is_there_it_is_said_what_it_lacks(target, message, tmp_path, monkeypatch):
+    (tmp_path / "my_rules_there.py").write_text("class Trimmed: ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=rf"^part\._target_={target}: {message}\.$"):
+        check_values(OmegaConf.create({"part": {"_target_": target}}))
+
+
+@pytest.mark.parametrize(
+    ("calling", "message"),
+    [
+        ({"_partial_": 5}, "part._partial_: expected true or false, found 5."),
+        ({"_partial_": None}, "part._partial_: expected true or false, found nothing."),
+        ({"_recursive_": "x"}, "part._recursive_: expected true or false, found a text."),
+        ({"_convert_": True}, "part._convert_: expected a text, found True."),
+        ({"_args_": 3}, "part._args_: expected a list, found 3."),
+        ({"_target_": 3}, "part._target_: expected a text, found 3."),
+    ],
+)
+def test_how_a_target_is_called_is_of_the_right_type(calling, message):
+    part = {"_target_": f"{__name__}.Annotated", "size": 1, **calling}
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        check_values(OmegaConf.create({"part": part}))

@@ -113,7 +113,10 @@ def test_exorl_keeps_all_reward_columns_and_needs_no_physics(tmp_path):
             {"action": np.array([None] * 6)},
             r"expected action to be numbers .rows, width., none of them 0, found object \[6\]",
         ),
-        ({"reward": np.array([None] * 6)}, "expected reward to be numbers .rows. or .rows, width., none of them 0, found object"),
+        (
+            {"reward": np.array([None] * 6)},
+            "expected reward to be numbers .rows. or .rows, width., none of them 0, found object",
+        ),
         ({"discount": None}, "expected the array 'discount'"),
     ],
 )
