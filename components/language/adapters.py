@@ -51,6 +51,11 @@ def select_linears(
         raise ValueError(f"Unknown modules={modules!r}: expected one of {known}, or a list of names.")
     if layers not in LAYERS:
         raise ValueError(f"Unknown layers={layers!r}: expected one of {', '.join(LAYERS)}.")
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear | EnsembleLinear) and parametrize.is_parametrized(layer):
+            raise ValueError(
+                f"{name}: expected weights that are not adapted yet, found some that are; unload those first."
+            )
     wanted = MODULES.get(modules) if isinstance(modules, str) else tuple(modules)
     found = {
         name: layer

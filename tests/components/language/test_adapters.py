@@ -1,3 +1,4 @@
+import copy
 from functools import partial
 
 import pytest
@@ -249,3 +250,27 @@ def test_any_module_with_linear_layers_learns_by_its_singular_values(kind):
 def test_settings_that_make_no_sense_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("factorised", [False, True])
+def test_a_module_is_adapted_once_and_again_when_it_was_unloaded(factorised):
+    net = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 2))
+    adapter = SingularValueAdapter(net, modules="linear", factorised=factorised)
+    with pytest.raises(ValueError, match=r"^0: expected weights that are not adapted yet, found some that are"):
+        SingularValueAdapter(net, modules="linear")
+    adapter.unload()
+    assert SingularValueAdapter(net, modules="linear").count() == 5 + 2
+
+
+def test_what_was_learned_is_used_by_another_adapter_of_the_same_weights(tmp_path):
+    net = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 2))
+    first, second = (SingularValueAdapter(copy.deepcopy(net), modules="linear") for _ in range(2))
+    with torch.no_grad():
+        for parameter in first.parameters.values():
+            parameter.add_(torch.randn_like(parameter))
+    first.refresh()
+    torch.save(first.scales(), tmp_path / "scales")
+    second.use(torch.load(tmp_path / "scales", weights_only=True))
+    x = torch.randn(3, 5)
+    torch.testing.assert_close(second.model(x), first.model(x))
+    assert not torch.allclose(first.model(x), net(x))
