@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from components.checks import Count, checked
 from components.networks.states import not_finite
 from components.wording import counted, size
+from launch.checkpoints import LAST
 
 
 @checked
@@ -28,7 +29,7 @@ class Checkpoint(L.Callback):
 
     def __init__(self, folder: str, every: Count, name: str) -> None:
         self.name = name
-        self.path = Path(folder) / "last.ckpt"
+        self.path = Path(folder) / LAST
         self.every = every
         self._seconds: list[float] = []
         self._bytes: list[int] = []

@@ -8,8 +8,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from components.checks import Count, checked
 from components.files import replacing
-from launch.files import write_json
-from launch.report import COMPLETIONS
+from launch.files import COMPLETIONS, write_json
 
 
 class ExpertExport(L.Callback):

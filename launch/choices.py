@@ -73,8 +73,9 @@ def check_used(config: DictConfig, overrides: Sequence[str], known: Collection[s
         group, _, name = key.partition(".")
         if not name or group in known or not isinstance(plain.get(group), Mapping):
             continue
-        if not any(f"{key}.".startswith(f"{each}.") or each.startswith(f"{key}.") for each in references):
-            taken = sorted(each.removeprefix(f"{group}.") for each in references if each.startswith(f"{group}."))
+        taken = sorted(each.removeprefix(f"{group}.") for each in references if each.startswith(f"{group}."))
+        used = any(f"{key}.".startswith(f"{each}.") or each.startswith(f"{key}.") for each in references)
+        if taken and not used:  # or it may be meant for something that reads the whole configuration
             raise CommandLineError(f"{key}: expected what {group} takes here, {one_of(taken, name)}, found {name}.")
 
 

@@ -24,6 +24,7 @@ RESULTS = {
 }
 """Of one run or evaluation."""
 REFERENCE_RESULTS = {str: METRICS}
+COMPLETIONS = "completions.json"
 COMPLETION_RESULTS = {str: [{"question": str, "answer": str, "completion": str, "right": bool}]}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = (
+LIBRARIES = (
     "lightning",
     "torchrl",
     "tensordict",
@@ -70,7 +70,7 @@ def provenance(gpus: list[int] | None = None, packages: Iterable[str] = ()) -> d
         packages: a person's own that the run is made of.
     """
     versions: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
-    versions |= {name: _version(name) for name in PACKAGES} | {name: package_code(name) for name in sorted(packages)}
+    versions |= {name: _version(name) for name in LIBRARIES} | {name: package_code(name) for name in sorted(packages)}
     return {
         "code": code(),
         "versions": {name: found for name, found in versions.items() if found is not None},

@@ -13,13 +13,12 @@ from omegaconf import DictConfig
 from components.files import read_json
 from components.wording import counted, size
 from launch.curves import draw_curves
-from launch.files import COMPLETION_RESULTS, REFERENCE_RESULTS, read_results, write_json, write_text
+from launch.files import COMPLETION_RESULTS, COMPLETIONS, REFERENCE_RESULTS, read_results, write_json, write_text
 from launch.overrides import NEUTRAL, command, departures
 from launch.resumptions import sentences
 from launch.statistics import LEVEL, RESAMPLES, bootstrap_interval, interquartile_mean
 
 REFERENCES = "references.json"
-COMPLETIONS = "completions.json"
 PICTURES = {
     "rewards.png": "Reward at every step of the episodes of {}, mean and range",
     "films/contact_sheet.png": "Moments of the first episode of {} for each reward; films of its beginning lie beside",

@@ -1,13 +1,9 @@
 """Running an experiment: every arm with every seed, each a Lightning run of its own, then one report."""
 
-import copy
-import difflib
 import os
-import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from logging import CRITICAL, ERROR, WARNING, getLogger
 from pathlib import Path
@@ -17,9 +13,6 @@ import lightning as L
 import torch
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import ConfigCompositionException
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -27,23 +20,21 @@ from omegaconf import DictConfig, OmegaConf
 
 from callbacks.resumption import Resumption
 from callbacks.run_log import CLOCKS, read_rows
-from components.checks import Seed, Size, check_range
 from components.structure import check_structure
 from components.wording import counted
+from launch.arms import Run, arms_of, replaced, run_configs, runs_of
 from launch.checkpoints import LAST, load_checkpoint
-from launch.choices import check_choices, check_used
-from launch.errors import CommandLineError, Stopped
-from launch.experiments import keys_of, options_with
+from launch.errors import Stopped
 from launch.files import read_results, write_json
+from launch.finished import check_finished, check_updates, is_finished
 from launch.objectives import metrics_meant, objective_known, objective_value
-from launch.overrides import NEUTRAL, SEARCH_PATH, TYPED, command, given_value, override_key, quoted, sets_hydra
+from launch.overrides import SEARCH_PATH, TYPED, command, given_value, override_key, quoted
 from launch.recipes import RUN_FOLDERS, check_targets, check_writes, foreign_packages, moved, only_checkpoint
 from launch.report import REFERENCES, write_report
-from launch.resumptions import PARTS, changes, history, in_words, leaves
+from launch.resumptions import changes, history, in_words
 from launch.runs import (
     LOCK,
     RUN_FILE,
-    check_folder_name,
     check_links,
     lasting,
     locked,
@@ -52,58 +43,9 @@ from launch.runs import (
     started_by_others,
     write_overrides,
 )
+from launch.settings import TOP_LEVEL, check_parts, check_settings, parts_of, searches
 from launch.stops import leave_signals, stopping_at_once
-from launch.values import check_types, check_values, one_of, set_by, whole_keys
-
-TOP_LEVEL = {
-    "name": str,
-    "summary": str,
-    "duration": str,
-    "notes": list[str],
-    "training_curves": list[str],
-    "curves_against": str | None,
-    "objective": str | None,
-    "aggregate": str | None,
-    "seed": Seed,
-    "num_seeds": Size,
-    "threads": Size | None,
-    "ckpt_path": str | None,
-    "init_from": str | None,
-    "init_parts": list[str] | None,
-    "output_root": str,
-    "data_root": str,
-    "trust": str | list[str] | None,
-}
-"""What the top-level keys of configs/train.yaml hold, but for those of groups and `arms`."""
-
-
-BUILT = ("module", "datamodule", "trainer", "callbacks", "logger")
-"""The parts of a run that are built."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One arm with one seed."""
-
-    arm: str
-    seed: int
-    folder: Path
-
-    @property
-    def name(self) -> str:
-        return f"{self.arm}/seed_{self.seed}"
-
-    @property
-    def results(self) -> Path:
-        return self.folder / "results.json"
-
-    def log(self, group: str) -> Path:
-        """What was recorded of a group of metrics, ``train`` or ``eval``."""
-        return self.folder / f"{group}.csv"
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / "checkpoints" / LAST
+from launch.values import check_types, check_values, one_of, whole_keys
 
 
 def run_study() -> float | None:
@@ -137,28 +79,28 @@ def run_study() -> float | None:
 
 def _run_study(folder: Path, overrides: list[str], typed: Sequence[str]) -> float | None:
     config = compose("train", overrides)
-    _check_settings(config, overrides)
-    runs = list(_runs(config, folder))
+    check_settings(config, overrides)
+    runs = list(runs_of(config, folder))
     started_from = _checkpoint_argument(config, runs)
     configs = run_configs(runs, config, overrides)
     named = given_value(overrides, "trust") or ()  # as typed: an experiment's file may come with the folder
     trust = tuple(named.split(",")) if isinstance(named, str) else tuple(named)
     for run in runs:
-        _check_parts(configs[run], overrides)
+        check_parts(configs[run], overrides)
         if rank_zero_only.rank == 0 and (folder / RUN_FILE).exists():  # it may come from anybody; others follow
             where = str(folder / RUN_FILE)
-            called = check_targets(_parts(configs[run]), where, trust, RUN_FOLDERS, unmarked=True)
+            called = check_targets(parts_of(configs[run]), where, trust, RUN_FOLDERS, unmarked=True)
             keys = [key for key in map(override_key, typed) if "." in key]  # others choose a file
             check_writes(called, where, folder, keys)
         check_types(configs[run], TOP_LEVEL)
         check_values(configs[run])
     checkpoints = {run: run.checkpoint for run in runs}
     checkpoints |= {run: started_from for run in runs if started_from and run.folder in started_from.parents}
-    pending = [run for run in runs if not _finished(run, configs[run])]
-    _check_finished(runs, pending, configs)
+    pending = [run for run in runs if not is_finished(run, configs[run])]
+    check_finished(runs, pending, configs)
     for run in pending:
         if checkpoints[run].exists():
-            _check_updates(run, configs[run], load_checkpoint(checkpoints[run])["learning_method"]["updates"])
+            check_updates(run, configs[run], load_checkpoint(checkpoints[run])["learning_method"]["updates"])
     for run in pending:
         begins = configs[run].init_from
         if begins is None or run.checkpoint.exists() or Path(begins).is_relative_to(folder):  # not there yet
@@ -166,7 +108,7 @@ def _run_study(folder: Path, overrides: list[str], typed: Sequence[str]) -> floa
         only_checkpoint(begins, "init_from")  # now, not when those before it are trained
     if config.objective is not None and pending:
         arms = {run.arm: configs[run] for run in runs}
-        if not objective_known(config.objective, map(_parts, arms.values())):
+        if not objective_known(config.objective, map(parts_of, arms.values())):
             _say(f"objective={config.objective}: whether it is measured shows when the first run is evaluated.")
     announce(config, overrides, runs, pending)
     try:
@@ -174,7 +116,7 @@ def _run_study(folder: Path, overrides: list[str], typed: Sequence[str]) -> floa
             with whole_keys(configs[run]):
                 *parts, saved = build(run, configs[run], checkpoints[run])
             processes = parts[0].num_devices * parts[0].num_nodes
-            if processes > 1 and _searches():  # each would make the whole search, with values that it draws itself
+            if processes > 1 and searches():  # each would make the whole search, with values that it draws itself
                 raise ValueError(f"trainer.devices: expected one process in a search, found {processes}.")
             started, starter = started_by_others()
             if 1 < started != processes:  # each would make a run of its own
@@ -189,9 +131,9 @@ def _run_study(folder: Path, overrides: list[str], typed: Sequence[str]) -> floa
             with whole_keys(configs[run]):
                 train(*parts, folder)
             del parts  # or its data would stay in memory while the next are built
-            if _searches():  # not only when the other seeds are trained
+            if searches():  # not only when the other seeds are trained
                 done = {each.arm: read_results(each.results)["metrics"] for each in runs if each.results.exists()}
-                if done.keys() == _arms(config).keys():
+                if done.keys() == arms_of(config).keys():
                     metrics_meant(config.objective, done)
         _finish(config, overrides, configs, folder)
     except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns Ctrl-C into the latter
@@ -201,67 +143,12 @@ def _run_study(folder: Path, overrides: list[str], typed: Sequence[str]) -> floa
         again = command("train", [f"ckpt_path={quoted(str(folder))}", *trusting], packages)
         advice = f"Go on with: {again}" if begun else "Nothing was written."
         raise Stopped(f"Stopped. {advice}", stop.code if isinstance(stop, SIGTERMException) else 130) from None
-    return None if config.objective is None else objective_value(config.objective, folder, _arms(config))
+    return None if config.objective is None else objective_value(config.objective, folder, arms_of(config))
 
 
 def _own_packages(configs: Mapping[Run, DictConfig]) -> set[str]:
     """A person's own, of which something is built in one of the runs."""
-    return set().union(*(foreign_packages(_parts(own)) for own in configs.values()))
-
-
-def _parts(config: DictConfig) -> dict[str, Any]:
-    """Those of a run that are built."""
-    return {name: OmegaConf.to_container(config[name], resolve=True) for name in BUILT if config[name] is not None}
-
-
-def _check_parts(config: DictConfig, overrides: Sequence[str]) -> None:
-    """Raise a ValueError unless a run has what every run has, and what it has can be built."""
-    experiment = HydraConfig.get().runtime.choices.get("experiment")
-    for part in BUILT:
-        found = config.get(part)
-        where = part if part in ("callbacks", "logger") else f"{part}._target_"
-        if OmegaConf.select(config, where) is None:
-            raise ValueError(
-                f"experiment={experiment}: expected a {part} among its defaults, as in `- override /{part}: NAME`, or "
-                f"under {where}, found {found}."
-            )
-    for group in ("callbacks", "logger"):
-        for name, part in config[group].items():
-            if part is not None and not (isinstance(part, DictConfig) and "_target_" in part):
-                key = f"{group}.{name}"
-                options = options_with(group, f"{name}._target_", given_value(overrides, SEARCH_PATH) or ())
-                chosen = f", or choose an option that brings it: {group}={'|'.join(options)}" if options else ""
-                raise ValueError(
-                    f"{key}: expected a part with its _target_, found {part}; leave it out with {key}=null{chosen}."
-                )
-
-
-def _check_settings(config: DictConfig, overrides: Sequence[str]) -> None:
-    """Check what holds for all runs, before any is composed.
-
-    Raises:
-        CommandLineError, ValueError: names the key, what was expected and what was found.
-    """
-    check_types(config, TOP_LEVEL)
-    check_folder_name("name", config.name)
-    if not config.data_root or "${" in config.data_root:
-        raise ValueError(f"data_root={config.data_root!r}: expected the path of a folder.")
-    for key in {"run_dir", "study_dir", "arm"}.intersection(map(override_key, overrides)):
-        raise CommandLineError(f"{key}: expected nothing, for the program sets it; output_root says where runs go.")
-    if config.init_parts and config.init_from is None:
-        raise CommandLineError(f"init_parts={config.init_parts}: expected together with init_from, found without.")
-    check_range("seed + num_seeds - 1", config.seed + config.num_seeds - 1, Seed)
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        key = override.key_or_group
-        if override.value() == {} and not override.is_add() and OmegaConf.select(config, key):
-            raise CommandLineError(f"{key}={{}}: expected null, or keys one by one; a dictionary is merged into {key}.")
-    if _searches() and config.objective is None:
-        raise CommandLineError("objective=null: expected eval/METRIC, the number that the search is for.")
-
-
-def _searches() -> bool:
-    hydra = HydraConfig.get()
-    return hydra.mode == RunMode.MULTIRUN and hydra.runtime.choices["hydra/sweeper"] != "basic"
+    return set().union(*(foreign_packages(parts_of(own)) for own in configs.values()))
 
 
 def build(
@@ -357,47 +244,6 @@ def _check(checkpoint: Path, module: L.LightningModule, datamodule: L.LightningD
     return {**state, "recipe": moved(before, before["study"], module.recipe["study"])}
 
 
-def run_configs(runs: Sequence[Run], config: DictConfig, overrides: list[str]) -> dict[Run, DictConfig]:
-    """The configuration of every run: the experiment's, then the arm's overrides, then the user's.
-
-    An arm is composed once for all seeds: that takes a tenth of a second or two.
-
-    Args:
-        config: what the user's `overrides` compose, without an arm's.
-    """
-    arms = _arms(config)
-    composed = {arm: _arm_config(arm, arms, overrides) for arm in dict.fromkeys(run.arm for run in runs)}
-    configs = {run: copy.deepcopy(composed[run.arm]) for run in runs}
-    for run, own in configs.items():
-        own.seed = run.seed
-        own.run_dir = str(run.folder)
-        own.study_dir = str(run.folder.parents[1])
-        own.arm = run.arm
-    return configs
-
-
-def _arm_config(arm: str, arms: Mapping[str, list[str]], overrides: list[str]) -> DictConfig:
-    try:
-        config = compose("train", [*arms[arm], *overrides])
-    except ConfigCompositionException as error:
-        unknown = re.search(r"Could not override '([^']+)'", str(error))
-        if unknown is None or len(arms) == 1:
-            raise
-        if unknown[1] in map(override_key, arms[arm]):
-            close = difflib.get_close_matches(unknown[1], keys_of(compose("train", overrides)), n=1)
-            meant = f" Did you mean {close[0]}?" if close else ""
-            raise CommandLineError(
-                f"arms.{arm}: expected keys of this experiment, found {unknown[1]}.{meant}"
-            ) from error
-        raise CommandLineError(
-            f"{unknown[1]}: what is typed holds for all arms, and the arm {arm} has no such key; leave it out with "
-            f"arms.{arm}=null, or give it to one arm, as in '+arms.mine=[\"{unknown[1]}=VALUE\"]'."
-        ) from error
-    check_choices(config, [*arms[arm], *overrides])
-    check_used(config, overrides, (*BUILT, *NEUTRAL, "arms"))
-    return config
-
-
 def quieten() -> None:
     """Silence messages that a user can do nothing about."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
@@ -427,71 +273,6 @@ def _kept(overrides: list[str]) -> list[str]:
     return [override for override in overrides if override_key(override) not in ("ckpt_path", "trust")]
 
 
-def _finished(run: Run, config: DictConfig) -> bool:
-    """Whether the run has its results, and they are of as many updates as are asked for now."""
-    return run.results.exists() and read_results(run.results)["updates"] >= config.module.updates
-
-
-def _check_updates(run: Run, config: DictConfig, done: int) -> None:
-    """Raise a ValueError if a run has made more updates than are asked for: no report could say so of it."""
-    asked = config.module.updates
-    if done > asked:
-        key = set_by(config, "module.updates")
-        raise ValueError(
-            f"{key}={asked}: expected at least {done}, which {run.arm}, seed {run.seed} has made; start anew without "
-            "ckpt_path."
-        )
-
-
-def _check_finished(runs: list[Run], pending: list[Run], configs: Mapping[Run, DictConfig]) -> None:
-    """Raise a ValueError if results that would be kept were made in another way than is asked for now."""
-    exceeded = {run: f"{run.folder}{os.sep}" for run in pending if run.results.exists()}
-    made_with = ("module", "datamodule") if pending else PARTS  # what is left to do may be done on another machine
-    for run in runs:
-        if run in pending:
-            continue
-        advice = f"start anew without ckpt_path, or delete {run.results}"
-        results = read_results(run.results)
-        _check_updates(run, configs[run], results["updates"])
-        saved = results["recipe"] or {}
-        now = OmegaConf.to_container(configs[run], resolve=True)
-        before, asked = (dict(leaves({part: each.get(part) for part in made_with})) for each in (saved, now))
-        for key in [key for key in asked if key in before and key != "module.updates"]:
-            moved = str(run.folder.parents[1]) in str(asked[key])  # a path in the study's own folder
-            if before[key] != asked[key] and not moved:
-                raise ValueError(
-                    f"{run.arm}, seed {run.seed} is finished: expected {set_by(configs[run], key)}={before[key]}, with "
-                    f"which it was run, found {asked[key]}; {advice}."
-                )
-        for other, folder in exceeded.items():
-            if any(folder in str(value) for value in asked.values()):
-                raise ValueError(
-                    f"{other.arm}, seed {other.seed} would go on beyond what {run.arm} was made with: {advice}."
-                )
-
-
-def _arms(config: DictConfig) -> dict[str, list[str]]:
-    """Every arm's overrides, without arms that are null; without any, the experiment itself is the only one."""
-    arms = OmegaConf.to_container(config)["arms"]  # as text: an interpolation among them is resolved for each run
-    if not isinstance(arms, dict | None):
-        raise CommandLineError(f"arms={arms}: expected null, or arms with lists of overrides by their names.")
-    for name, overrides in (arms or {}).items():
-        check_folder_name("arms", name)
-        if overrides is not None and not (isinstance(overrides, list) and all(isinstance(o, str) for o in overrides)):
-            raise CommandLineError(
-                f"arms.{name}={overrides}: expected null, or a list of overrides such as ['module.updates=1000']."
-            )
-        for override in filter(sets_hydra, overrides or ()):
-            raise CommandLineError(f"arms.{name}: expected overrides of this experiment, found {override} of Hydra.")
-    return {name: overrides for name, overrides in (arms or {}).items() if overrides is not None} or {config.name: []}
-
-
-def _runs(config: DictConfig, folder: Path) -> Iterator[Run]:
-    for seed in range(config.seed, config.seed + config.num_seeds):
-        for arm in _arms(config):
-            yield Run(arm, seed, folder / arm / f"seed_{seed}")
-
-
 def _checkpoint_argument(config: DictConfig, runs: list[Run]) -> Path | None:
     """The checkpoint file that `ckpt_path` names, if it names one; it is checked before anything starts."""
     if config.ckpt_path is None or Path(config.ckpt_path).is_dir():
@@ -511,25 +292,14 @@ def announce(config: DictConfig, overrides: list[str], runs: list[Run], pending:
         f", {len(runs) - len(pending)} of {counted(len(runs), 'run')} done already" if len(pending) < len(runs) else ""
     )
     _say(f"{counted(arms, 'arm')}, {counted(seeds, 'seed')}{done}.")
-    for sentence in _replaced(config, overrides):
+    for sentence in replaced(config, overrides):
         _say(sentence)
-
-
-def _replaced(config: DictConfig, overrides: list[str]) -> list[str]:
-    """Says which arms are not what they were called for."""
-    sentences = []
-    for key, override in {override_key(override): override for override in overrides}.items():
-        arms = _arms(config).items()
-        replaced = [arm for arm, own in arms if any(override_key(o) == key and o != override for o in own)]
-        if replaced:
-            sentences.append(f"{override} holds for all arms, also for {', '.join(replaced)}, which had their own.")
-    return sentences
 
 
 @rank_zero_only
 def _finish(config: DictConfig, overrides: list[str], configs: Mapping[Run, DictConfig], folder: Path) -> None:
     kept = lasting(_kept(overrides))
-    remarks, resumed, packages = _replaced(config, kept), read_resumed(folder), _own_packages(configs)
+    remarks, resumed, packages = replaced(config, kept), read_resumed(folder), _own_packages(configs)
     write_report(config, kept, list(configs), folder, remarks, resumed, packages)
     print((folder / "report.md").read_text())
     for sentence in _nowhere(config, set(map(override_key, kept)), list(configs)):

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from omegaconf import OmegaConf
 
+from launch.arms import Run
 from launch.curves import draw_curves
-from launch.study import Run
 
 
 @pytest.fixture

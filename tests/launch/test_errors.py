@@ -16,11 +16,12 @@ from omegaconf import OmegaConf
 
 from callbacks.run_log import read_rows
 from launch import errors
+from launch.arms import Run
 from launch.checkpoints import AtomicCheckpointIO, load_checkpoint
 from launch.errors import _report
 from launch.files import write_json
+from launch.finished import check_finished
 from launch.runs import locked
-from launch.study import Run, _check_finished
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = "fb_aw_narrow/seed_0"
@@ -121,7 +122,7 @@ def test_results_of_other_settings_are_named_by_the_keys_that_set_them(tmp_path)
     write_json(run.results, {"updates": 1, "seconds": 1.0, "metrics": {}, "recipe": {**recipe, **ABOUT}})
     config.rate = 2
     with pytest.raises(ValueError, match=r"^arm, seed 0 is finished: expected rate=1, with which it was run, found 2;"):
-        _check_finished([run], [], {run: config})
+        check_finished([run], [], {run: config})
 
 
 def test_results_that_others_are_made_of_stay(tmp_path):
@@ -131,15 +132,15 @@ def test_results_that_others_are_made_of_stay(tmp_path):
     for run in runs:
         recipe = OmegaConf.to_container(configs[run])
         write_json(run.results, {"updates": 1, "seconds": 1.0, "metrics": {}, "recipe": {**recipe, **ABOUT}})
-    _check_finished(runs, [], configs)
+    check_finished(runs, [], configs)
     with pytest.raises(ValueError, match="codec, seed 0 would go on beyond what classifier was made with"):
-        _check_finished(runs, runs[:1], configs)
+        check_finished(runs, runs[:1], configs)
     moved = [Run(run.arm, 0, tmp_path / "moved" / run.arm / "seed_0") for run in runs]
     shutil.copytree(tmp_path / "codec", tmp_path / "moved" / "codec")
     shutil.copytree(tmp_path / "classifier", tmp_path / "moved" / "classifier")
     configs = dict(zip(moved, configs.values()))
     configs[moved[1]].module.weights = f"{moved[0].folder}/codec.safetensors"
-    _check_finished(moved, [], configs)
+    check_finished(moved, [], configs)
 
 
 @pytest.mark.parametrize(

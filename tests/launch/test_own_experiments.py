@@ -10,10 +10,10 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+from launch.arms import Run, run_configs
 from launch.errors import CommandLineError
 from launch.experiments import CONFIGS, experiment_list, experiment_names
 from launch.overrides import quoted
-from launch.study import Run, run_configs
 
 EXPERIMENT = """
 # @package _global_

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from launch.arms import Run
 from launch.files import write_json
 from launch.overrides import NEUTRAL, departures
 from launch.report import HOW_LONG, write_evaluation, write_report
 from launch.statistics import bootstrap_interval
-from launch.study import Run, _nowhere
+from launch.study import _nowhere
 
 MADE = {
     "code": "abc+",

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from launch.experiments import CONFIGS
 from launch.files import write_json
 from launch.objectives import metrics_meant, objective_known, objective_value
-from launch.study import _parts
+from launch.settings import parts_of
 
 OPTUNA = ("-m", "hydra/sweeper=optuna", "hydra.sweeper.sampler.seed=0", "hydra.sweeper.direction=maximize")
 
@@ -91,7 +91,7 @@ def test_a_metric_may_be_named_as_the_table_shows_it():
 def test_what_will_be_measured_is_known_before_training(experiment, objective, expected):
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose("train", [f"experiment={experiment}", "run_dir=x", "study_dir=x", "arm=x"])
-    arms = [_parts(config)]
+    arms = [parts_of(config)]
     if not isinstance(expected, str):
         assert objective_known(objective, arms) == expected
         return
