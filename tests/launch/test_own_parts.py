@@ -79,7 +79,7 @@ def test_a_method_from_nothing_learns_is_rebuilt_and_goes_on(program, own_method
     _, rows = read_rows(run / "train.csv")
     # of the two actions the first is a function of what is observed, the second is uniform noise, of variance 1/3
     assert 0.1 < float(rows[-1]["loss"]) < 0.19
-    method, _ = rebuild_method(run / "checkpoints" / "last.ckpt", trust=("my_cloning",))
+    method, _ = rebuild_method(run / "checkpoints" / "last.ckpt", trust="my_cloning")
     observation = torch.tensor([[0.5, 0.0, 0.0]])
     acted = method.policy()(TensorDict({"observation": observation}, batch_size=[1]))["action"]
     assert abs(acted[0, 0] - 0.46) < 0.15

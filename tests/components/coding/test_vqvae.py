@@ -139,6 +139,11 @@ def test_codecs_are_saved_and_loaded(tmp_path):
     assert counted + training_only == sum(value.nbytes for value in made.state_dict().values())
     with pytest.raises(ValueError, match=r"weights=.*expected torch.float32 \["):
         codec(width=16).load(tmp_path / "codec.safetensors")
+    odd = codec()
+    odd.autoencoder.encoder[0].bias.data[0] = torch.nan
+    odd.save(tmp_path / "odd.safetensors")
+    with pytest.raises(ValueError, match=r"weights=.*: autoencoder\.encoder\.0\.bias is not finite, expected finite"):
+        codec().load(tmp_path / "odd.safetensors")
     whole = (tmp_path / "codec.safetensors").read_bytes()
     (tmp_path / "codec.safetensors").write_bytes(whole[:50])
     with pytest.raises(ValueError, match=r"weights=.*found a damaged one"):
