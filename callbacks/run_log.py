@@ -3,7 +3,7 @@
 import csv
 import io
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     if header and not set(CLOCKS) <= set(header):
         raise ValueError(f"{path}: expected the columns {', '.join(CLOCKS)}, found {', '.join(header)[:80]}.")
     rows = []
-    for row in reader:
+    for row in _whole(reader, path):
         where = f"{path}, line {reader.line_num}"
         if None in row or None in row.values():
             raise ValueError(f"{where}: expected {len(header)} values as in its first line, found another number.")
@@ -126,6 +126,13 @@ def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
                 raise ValueError(f"{where}: expected a number as {name}, found {value[:40]!r}.") from None
         rows.append(row)
     return header, rows
+
+
+def _whole(reader: csv.DictReader, path: Path) -> Iterator[dict[str, str]]:
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: expected values, found others ({error}).") from error
 
 
 def _write_whole(path: Path, header: list[str], rows: list[Mapping[str, Any]]) -> None:

@@ -17,6 +17,7 @@ from torchrl.collectors import AsyncCollector, Collector
 
 from components.checks import Count, Range, Share, Size, checked
 from components.distributed import rank, world_size
+from components.networks.states import difference
 from components.structure import COUNT
 from datamodules.environment import EnvironmentDataModule
 from datamodules.environments.measured import MeasuredEnv
@@ -152,10 +153,9 @@ class OnlineDataModule(EnvironmentDataModule):
                         "data go on."
                     )
             own = states[rank()]
-            if own["episode"].shape != self._episode.shape:
-                raise ValueError(
-                    f"The checkpoint's episodes are {list(own['episode'].shape)}, expected {list(self._episode.shape)}."
-                )
+            fault = difference({"episode": own["episode"]}, {"episode": self._episode})
+            if fault is not None:
+                raise ValueError(f"{fault}.")
             self.replay.restore(own["written"])
             environment = own["environment"]
         if self.collector == "sync":
@@ -163,7 +163,7 @@ class OnlineDataModule(EnvironmentDataModule):
             if environment is not None:
                 self._env.set_extra_state(environment)
                 anew = self._env.began_anew
-                self._episode = own["episode"].clone().masked_fill_(anew[:, None], 0)
+                self._episode = own["episode"].double().masked_fill_(anew[:, None], 0)
                 if anew.any():
                     self.replay.end_episodes(anew)
         else:

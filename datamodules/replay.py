@@ -462,5 +462,5 @@ def _description(path: Path, name: str) -> tuple[list[int], str]:
             raise FileNotFoundError
         entry = json.loads(path.read_text())[name]
         return entry["shape"], entry["dtype"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path}: expected a description of {name}, found none that is whole.") from None

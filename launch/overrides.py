@@ -4,7 +4,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ TELLING = ("name", "summary", "duration", "notes", "training_curves", "curves_ag
 NEUTRAL = (*WHERE, *TELLING)
 """The first words of overrides that change neither what an experiment is nor how long it takes."""
 
+HARMLESS = re.compile(r"\$\{(sum:)?[\w.,\[\] -]*\}")
+"""Interpolations that do nothing but to look up and to add."""
+
 TYPED: list[str] = []
 """The command line as a person gave it, before it was completed by what a run's folder remembers."""
 
@@ -30,6 +33,32 @@ def override_key(override: str) -> str:
 def sets_hydra(override: str) -> bool:
     """Whether an override is of Hydra itself, which would call what it is told before anything is checked."""
     return "hydra" in re.split(r"[/@.:]", override_key(override))
+
+
+def check_resolvers(node: Any, where: str, typed: Sequence[str]) -> None:
+    """Raise a ValueError if looking a configuration's values up would call something: it might read or write.
+
+    Args:
+        node: as it was composed, with its interpolations.
+        where: the file, for the error.
+        typed: overrides, whose values may call what they like.
+    """
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            check_resolvers(name, where, typed)
+            check_resolvers(value, where, typed)
+    for value in node if isinstance(node, list | tuple) else ():
+        check_resolvers(value, where, typed)
+    if not isinstance(node, str) or any(node in override for override in typed):
+        return
+    text, before = node, ""
+    while text != before:  # from the inside to the outside
+        text, before = HARMLESS.sub("x", text), text
+    if "${" in text:
+        raise ValueError(
+            f"{where}: expected values and references, found {node[:80]}, which calls something; if it is yours, type "
+            "it too."
+        )
 
 
 def departures(overrides: Sequence[str], neutral: Collection[str]) -> list[str]:

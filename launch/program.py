@@ -4,10 +4,11 @@ A module of its own rather than the script: programs that a sweep's launchers st
 configurations call.
 """
 
+import copy
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,17 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from launch.errors import CommandLineError, errors_past_hydra, is_first_process
 from launch.experiments import CONFIGS, experiment_list, is_group, missing_folders
 from launch.imports import import_lightning
-from launch.overrides import NEUTRAL, SEARCH_PATH, TYPED, departures, given_value, override_key, program, quoted
+from launch.overrides import (
+    NEUTRAL,
+    SEARCH_PATH,
+    TYPED,
+    check_resolvers,
+    departures,
+    given_value,
+    override_key,
+    program,
+    quoted,
+)
 from launch.runs import RUN_FILE, merged, newest_run, remove_empty_folders, run_folder, run_of
 
 SWEEP_FOLDER = "hydra.sweep.dir"
@@ -105,6 +116,7 @@ def completed(arguments: Sequence[str]) -> list[str]:
         path = Path(str(asked))
     given = [override for override in overrides if override_key(override) != "ckpt_path"]
     whole = merged(run_of(path), given)
+    _check_groups(whole, f"{run_of(path) / RUN_FILE}: ")
     _check_hydra(whole, given, run_of(path) / RUN_FILE)
     return [*flags, *whole, f"ckpt_path={quoted(str(path.resolve()))}"]
 
@@ -117,10 +129,12 @@ def _check_hydra(overrides: Sequence[str], given: Sequence[str], where: Path) ->
     trusted = ("hydra", "experiment") if given_value(given, SEARCH_PATH) else ("hydra",)
     typed = [override for override in given if re.split(r"[./@]", override_key(override))[0] in trusted]
     try:
-        found = _hydra_settings(overrides)
+        config = _composed(overrides)
     except HydraException:  # Hydra says it where it always does
         return
-    for name, setting in _hydra_settings(typed).items():
+    found = _hydra_settings(config, overrides)
+    check_resolvers({name: part for name, part in config.items() if name != "hydra"}, str(where), given)
+    for name, setting in _hydra_settings(_composed(typed), typed).items():
         if found[name] != setting:
             raise ValueError(
                 f"{where}: expected what a run is made of, found an experiment that sets hydra.{name}, which only a "
@@ -128,12 +142,18 @@ def _check_hydra(overrides: Sequence[str], given: Sequence[str], where: Path) ->
             )
 
 
-def _hydra_settings(overrides: Sequence[str]) -> dict[str, Any]:
-    """What Hydra is told, but for what it notes down of the command line."""
+def _composed(overrides: Sequence[str]) -> dict[str, Any]:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = OmegaConf.to_container(compose("train", list(overrides), return_hydra_config=True).hydra)
+        return OmegaConf.to_container(compose("train", list(overrides), return_hydra_config=True))
+
+
+def _hydra_settings(composed: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """What Hydra is told, but for what it notes down of the command line."""
+    config = copy.deepcopy(composed["hydra"])
     config["job"].pop("override_dirname")
-    return {name: value for name, value in config.items() if name not in ("overrides", "runtime", "searchpath")}
+    given = [override for named in config.pop("overrides").values() for override in named]
+    added = [override for override in given if override not in overrides]  # by a file: they would pass for typed ones
+    return {"overrides": added} | {name: each for name, each in config.items() if name not in ("runtime", "searchpath")}
 
 
 def _newest_run(overrides: Sequence[str], experiment: str) -> Path:
@@ -143,14 +163,18 @@ def _newest_run(overrides: Sequence[str], experiment: str) -> Path:
         return newest_run(config.output_root, config.name, experiment)
 
 
-def _check_groups(overrides: Sequence[str]) -> None:
+def _check_groups(overrides: Sequence[str], where: str = "") -> None:
     """Raise a CommandLineError where a group is given something else than the name of an option."""
     search_path = given_value(overrides, SEARCH_PATH) or ()
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         names = override.value() if isinstance(override.value(), list) else [override.value()]
         named = override.is_delete() or override.is_sweep_override() or all(isinstance(name, str) for name in names)
-        if not named and is_group(override.key_or_group, search_path):
-            raise CommandLineError(f"{override.input_line}: expected the name of an option of {override.key_or_group}.")
+        paths = [Path(name) for name in names if isinstance(name, str)]
+        outside = any(path.is_absolute() or ".." in path.parts for path in paths)  # of the folders of configurations
+        if (outside or not named) and is_group(override.key_or_group, search_path):
+            raise CommandLineError(
+                f"{where}{override.input_line}: expected the name of an option of {override.key_or_group}."
+            )
 
 
 def _with_search_path(overrides: Sequence[str], config_dir: str | None) -> list[str]:

@@ -14,13 +14,14 @@ from hydra.utils import get_object, instantiate
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.strategies import Strategy
+from omegaconf import OmegaConf
 from torch import nn
 from torchrl.envs import EnvBase
 
 from components.buildable import MARK
 from launch.checkpoints import LAST, load_checkpoint
 from launch.runs import RUN_FILE
-from launch.values import check_calling
+from launch.values import check_calling, check_values
 
 # A checkpoint may come from anybody. On its word are called classes of these kinds and what is marked `buildable`, from
 # these folders of the project: no other functions, no methods, nothing private. A name alone proves little, since Hydra
@@ -29,7 +30,8 @@ KINDS = (nn.Module, L.LightningDataModule, EnvBase, gymnasium.Env, torch.optim.O
 FOLDERS = ("components", "datamodules", "lightning_modules", "torch.optim")
 # The same holds for what a run's folder says that it was started with, which has more parts.
 RUN_KINDS = (*KINDS, L.Callback, L.Trainer, Logger, Strategy, CheckpointIO)
-RUN_FOLDERS = (*FOLDERS, "callbacks", "launch", "lightning")
+# Lightning's own callbacks and loggers write and delete by rules of their own: they have to be trusted.
+RUN_FOLDERS = (*FOLDERS, "callbacks", "launch", "lightning.Trainer")
 # What a run writes to, of these: a datamodule says it in `writes`.
 WRITERS = (L.Callback, L.Trainer, Logger, Strategy, CheckpointIO)
 LOOK_UPS = ("hydra.utils.get_class", "hydra.utils.get_method")
@@ -113,6 +115,11 @@ def _rebuild(
     if study is not None:
         recipe = moved(recipe, recipe.get("study"), str(study))
     check_recipe(recipe, path, trust, (Path(data_root), *([] if study is None else [study])), parts)
+    for part in parts:
+        try:
+            check_values(OmegaConf.create(recipe[part]), part)
+        except ValueError as error:
+            raise ValueError(f"ckpt_path={path}: {error}") from error
     module = _built(recipe["module"], path, L.LightningModule, **recipe["spec"])
     module.recipe = recipe
     try:
@@ -268,7 +275,8 @@ def check_writes(
             leads_away = writes and (path.is_absolute() or ".." in path.parts)
             if not leads_away and not name.endswith(named):
                 continue
-            inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(study))
+            # What `..` leads to depends on the folder that it is joined to.
+            inside = ".." not in path.parts and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(study))
             if not inside and not any(f"{name}.".startswith(f"{own}.") for own in typed):
                 raise ValueError(
                     f"{where}: {name}={text} may be written to: expected a folder in {study}; if it is yours, type it "
@@ -293,7 +301,7 @@ def foreign_packages(node: Any) -> set[str]:
     """Packages that a configuration calls something of, besides the project's."""
     if isinstance(node, Mapping):
         name = str(node.get("path" if node.get("_target_") in LOOK_UPS else "_target_", ""))
-        own = not name or name.startswith(tuple(f"{folder}." for folder in RUN_FOLDERS))
+        own = not name or f"{name}.".startswith(tuple(f"{folder}." for folder in RUN_FOLDERS))
         return set().union([] if own else [name.partition(".")[0]], *map(foreign_packages, node.values()))
     return set().union(*map(foreign_packages, _list(node)))
 
@@ -306,7 +314,7 @@ def _buildable(name: str, where: str, trust: tuple[str, ...], folders: tuple[str
     """The class or function of a name, if it may be called."""
     trusted = tuple(f"{package}." for package in trust)
     packages = (*(f"{folder}." for folder in folders), *trusted)
-    if not name.startswith(packages):  # importing it may be harm enough
+    if not f"{name}.".startswith(packages):  # importing it may be harm enough
         package = name.partition(".")[0]
         raise ValueError(
             f"{where}: expected a class of this project, found {name}; if it is yours, add trust={package}."
@@ -321,7 +329,8 @@ def _buildable(name: str, where: str, trust: tuple[str, ...], folders: tuple[str
     marked = (inspect.isclass(found) or inspect.isfunction(found)) and hasattr(found, MARK)
     private = any(part.startswith("_") for part in name.split("."))
     origins = packages if kind or marked else trusted if unmarked and callable(found) else ()
-    if private or not f"{getattr(found, '__module__', None)}.".startswith(origins):
+    elsewhere = not f"{getattr(found, '__module__', None)}.".startswith(origins)
+    if name not in folders and (private or elsewhere):
         raise ValueError(
             f"{where}: expected networks, data, environments, optimisers or what components.buildable.buildable marks, "
             f"found {name}."

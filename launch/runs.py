@@ -113,7 +113,7 @@ def _read(path: Path) -> dict[str, Any]:
         return {"overrides": [], "resumed": []}
     try:
         content = yaml.safe_load(read_text(path, "what a run was started with"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path}: expected YAML, found something else ({' '.join(str(error).split())}).") from error
     check_structure(content, {"overrides": [str]}, str(path))
     content = {"resumed": [], **content}  # a former version did not write it, nor does this one where nothing changed

@@ -14,6 +14,7 @@ import torch
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
@@ -28,8 +29,15 @@ from launch.errors import Stopped
 from launch.files import read_results, write_json
 from launch.finished import check_finished, check_updates, is_finished
 from launch.objectives import metrics_meant, objective_known, objective_value
-from launch.overrides import SEARCH_PATH, TYPED, command, given_value, override_key, quoted
-from launch.recipes import RUN_FOLDERS, check_targets, check_writes, foreign_packages, moved, only_checkpoint
+from launch.overrides import SEARCH_PATH, TYPED, check_resolvers, command, given_value, override_key, quoted
+from launch.recipes import (
+    RUN_FOLDERS,
+    check_targets,
+    check_writes,
+    foreign_packages,
+    moved,
+    only_checkpoint,
+)
 from launch.report import REFERENCES, write_report
 from launch.resumptions import changes, history, in_words
 from launch.runs import (
@@ -79,16 +87,21 @@ def run_study() -> float | None:
 
 def _run_study(folder: Path, overrides: list[str], typed: Sequence[str]) -> float | None:
     config = compose("train", overrides)
+    foreign = rank_zero_only.rank == 0 and (folder / RUN_FILE).exists()  # it may come from anybody; others follow
+    where = str(folder / RUN_FILE)
+    if foreign:
+        check_resolvers(OmegaConf.to_container(config), where, typed)
     check_settings(config, overrides)
     runs = list(runs_of(config, folder))
     started_from = _checkpoint_argument(config, runs)
     configs = run_configs(runs, config, overrides)
-    named = given_value(overrides, "trust") or ()  # as typed: an experiment's file may come with the folder
+    named = given_value(typed, "trust") or ()  # an experiment's file may come with the folder
     trust = tuple(named.split(",")) if isinstance(named, str) else tuple(named)
     for run in runs:
+        if foreign:
+            check_resolvers(OmegaConf.to_container(configs[run]), where, typed)
         check_parts(configs[run], overrides)
-        if rank_zero_only.rank == 0 and (folder / RUN_FILE).exists():  # it may come from anybody; others follow
-            where = str(folder / RUN_FILE)
+        if foreign:
             called = check_targets(parts_of(configs[run]), where, trust, RUN_FOLDERS, unmarked=True)
             keys = [key for key in map(override_key, typed) if "." in key]  # others choose a file
             check_writes(called, where, folder, keys)
@@ -158,8 +171,8 @@ def build(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     L.seed_everything(config.seed, workers=True, verbose=False)
-    datamodule = instantiate(config.datamodule)
-    module = instantiate(config.module, **datamodule.spec)
+    datamodule = _made(config.datamodule, "datamodule", L.LightningDataModule)
+    module = _made(config.module, "module", L.LightningModule, **datamodule.spec)
     module.recipe = {
         "experiment": config.name,
         "study": config.study_dir,
@@ -181,11 +194,27 @@ def build(
         saved = _check(resume, module, datamodule)
         changed = in_words(changes(saved["recipe"], module.recipe))
         _say(f"{run.arm}, seed {run.seed}: resuming after {counted(saved['updates'], 'update')}{changed}.")
-    loggers = [instantiate(logger) for logger in config.logger.values() if logger is not None]
-    callbacks = [instantiate(callback) for callback in config.callbacks.values() if callback is not None]
-    trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers, default_root_dir=str(run.folder))
+    loggers, callbacks = (
+        [_made(part, f"{group}.{name}", kind) for name, part in config[group].items() if part is not None]
+        for group, kind in (("logger", Logger), ("callbacks", L.Callback))
+    )
+    trainer = _made(
+        config.trainer, "trainer", L.Trainer, callbacks=callbacks, logger=loggers, default_root_dir=str(run.folder)
+    )
     leave_signals(trainer)
     return trainer, module, datamodule, resume, saved
+
+
+def _made(config: DictConfig, key: str, kind: type, **more: Any) -> Any:
+    """What a part of a configuration describes.
+
+    Raises:
+        ValueError: it is of another kind.
+    """
+    made = instantiate(config, **more)
+    if not isinstance(made, kind):
+        raise ValueError(f"{key}: expected a {kind.__name__}, found {type(made).__name__}.")
+    return made
 
 
 def train(
@@ -233,7 +262,7 @@ def _check(checkpoint: Path, module: L.LightningModule, datamodule: L.LightningD
     """
     saved = load_checkpoint(checkpoint)
     name = type(datamodule).__qualname__
-    if saved["learning_method"]["updates"] and hasattr(datamodule, "state_structure"):
+    if hasattr(datamodule, "state_structure") and (saved["learning_method"]["updates"] or saved.get(name)):
         check_structure(saved.get(name), datamodule.state_structure, f"ckpt_path={checkpoint}: {name}")
     try:
         module.check_checkpoint(saved)

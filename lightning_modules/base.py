@@ -26,6 +26,7 @@ from components.networks.states import difference, not_finite, select, words
 # 0.2 ms on a machine without a GPU.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
 
+_NUMBERS = 624  # of the state of a Mersenne twister
 COMPILE_MODES = (None, "default", "cudagraphs")
 
 
@@ -394,7 +395,9 @@ class LearningMethod(L.LightningModule, ABC):
             _check_random_state(process["random"])
             for tally in process["tallies"]:
                 names, total, count = tally if len(tally) == 3 else ((), None, None)
-                if not isinstance(total, Tensor) or total.shape != (len(names),) or not isinstance(count, int):
+                named = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+                sums = isinstance(total, Tensor) and total.is_floating_point() and total.isfinite().all()
+                if not named or not sums or total.shape != (len(names),) or count not in range(2**31):
                     raise ValueError("The checkpoint's tallies: expected names, their sums and a count, found others.")
 
     def _check_finite(self, state: Mapping[str, Tensor]) -> None:
@@ -412,13 +415,8 @@ class LearningMethod(L.LightningModule, ABC):
         if found != [list(range(count)) for count in own]:
             raise ValueError(f"The checkpoint's optimisers have {list(map(len, found))} parameters, expected {own}.")
         for number, (state, optimizer) in enumerate(zip(states, self._optimizers)):
-            groups = [(group, parameter) for group in optimizer.param_groups for parameter in group["params"]]
-            kept: dict[tuple[Any, ...], Mapping[str, Any]] = {}  # of parameters that are alike
-            for index, (group, parameter) in enumerate(groups):
-                kind = (id(group), parameter.shape, parameter.dtype)
-                if kind not in kept:
-                    kept[kind] = _what_it_keeps(optimizer, group, parameter)
-                fault = _unlike(state["state"].get(index, {}), kept[kind])
+            for index, kept in enumerate(_what_is_kept(optimizer)):
+                fault = _unlike(state["state"].get(index, {}), kept)
                 if fault is not None:
                     raise ValueError(f"The checkpoint's optimiser {number}, parameter {index}: {fault}.")
 
@@ -455,6 +453,10 @@ class LearningMethod(L.LightningModule, ABC):
         for state, optimizer in zip(checkpoint["optimizer_states"], self._optimizers):
             # What is configured holds, as for learning rates: what was when the checkpoint was taken may be changed.
             state["param_groups"] = optimizer.state_dict()["param_groups"]
+            for index, kept in enumerate(_what_is_kept(optimizer)):
+                for name, value in state["state"].get(index, {}).items():
+                    if isinstance(value, Tensor):  # in the order of the parameter's memory, in which it is gone through
+                        state["state"][index][name] = torch.empty_like(kept[name]).copy_(value)
         state = checkpoint["learning_method"]
         self.updates, self.env_steps, self.seconds = state["updates"], state["env_steps"], state["seconds"]
         self._process_states = state["processes"]
@@ -465,17 +467,25 @@ class LearningMethod(L.LightningModule, ABC):
             self.tally(tuple(names), total.to(self.device), count)
 
 
-def _what_it_keeps(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
-    """The state that an optimiser has of a parameter after one step: shown on another, of zeros."""
+def _what_is_kept(optimizer: torch.optim.Optimizer) -> list[Mapping[str, Any]]:
+    """The state that an optimiser has of each parameter after one step: shown on another, of zeros."""
+    found: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+    kinds = []
     own = optimizer.param_groups, optimizer.state
-    zeros = torch.zeros_like(parameter, requires_grad=True)
-    zeros.grad = torch.zeros_like(parameter)
-    optimizer.param_groups, optimizer.state = [{**group, "params": [zeros]}], defaultdict(dict)
-    try:
-        optimizer.step()
-        return optimizer.state[zeros]
-    finally:
-        optimizer.param_groups, optimizer.state = own
+    for group in own[0]:
+        for parameter in group["params"]:
+            kinds.append((id(group), parameter.shape, parameter.stride(), parameter.dtype))
+            if kinds[-1] in found:
+                continue
+            zeros = torch.zeros_like(parameter, requires_grad=True)
+            zeros.grad = torch.zeros_like(parameter)
+            optimizer.param_groups, optimizer.state = [{**group, "params": [zeros]}], defaultdict(dict)
+            try:
+                optimizer.step()
+                found[kinds[-1]] = optimizer.state[zeros]
+            finally:
+                optimizer.param_groups, optimizer.state = own
+    return [found[kind] for kind in kinds]
 
 
 def _unlike(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
@@ -499,9 +509,15 @@ def _kind(value: Any) -> str:
 
 
 def _check_random_state(state: Mapping[str, Any]) -> None:
-    """Raise a ValueError if a state can't be restored."""
+    """Raise a ValueError if a state can't be restored, or would have a generator read what is not its own."""
     own = random_state()
     try:
+        if state["numpy"][1] not in range(len(own["numpy"][0]) + 1):
+            raise ValueError("NumPy's position is not one of its numbers'")
+        # of torch's generator on the CPU: how many numbers are left (int32 at 8), where the next is (int64 at 16)
+        left, place = (state["torch"].numpy().view(kind)[at] for kind, at in ((np.int32, 2), (np.int64, 2)))
+        if (left, place) != (1, 0) and (left + place != _NUMBERS + 1 or left not in range(1, _NUMBERS + 1)):
+            raise ValueError("torch's position is not one of its numbers'")
         set_random_state(state)
     except Exception as error:  # each generator raises types of its own
         raise ValueError("The checkpoint's random states: expected what random_state gives, found another.") from error

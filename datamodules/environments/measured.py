@@ -154,7 +154,14 @@ class MeasuredEnv(EnvBase):
                     f"the environment state {name!r} has shape {found}, but {expected} was expected for"
                     f" {self.batch_size[0]} environments of {self.domain_name}"
                 )
+            if state[name].dtype != own.dtype:
+                found = state[name].dtype
+                raise ValueError(f"the environment state {name!r} is of {found}, but {own.dtype} was expected")
         self.began_anew = torch.zeros_like(self.began_anew)
+        try:
+            torch.Generator().set_state(state["generator"].cpu())
+        except RuntimeError as error:
+            raise ValueError("the environment state 'generator' is none of a generator") from error
         self._set_state_tensors({name: value.cpu() for name, value in state.items()})
         self._generator.set_state(state["generator"].cpu())
         if self.began_anew.any():

@@ -79,6 +79,10 @@ def test_what_was_recorded_comes_back_as_it_was_logged(log, tmp_path):
         ("updates,env_steps,seconds,loss\n1,,1.0,2\n", "line 2: expected a number as env_steps, found ''."),
         ("updates,env_steps,seconds,loss\n1,0,1.0,abc\n", "line 2: expected a number as loss, found 'abc'."),
         ("updates,env_steps,seconds,loss\n1,0,1.0\n", "line 2: expected 4 values as in its first line, found"),
+        (
+            f"updates,env_steps,seconds,loss\n1,0,1.0,{'2' * 200_000}\n",
+            "line 1: expected values, found others (field larger",
+        ),
         ("updates,env_steps,seconds,loss\n1,0,1.0,2,3\n", "line 2: expected 4 values as in its first line, found"),
     ],
 )

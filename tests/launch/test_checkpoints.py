@@ -163,3 +163,61 @@ def test_what_is_no_file_is_named(tmp_path, make):
     make(tmp_path / "last.ckpt")
     with pytest.raises(FileNotFoundError, match=rf"^ckpt_path={tmp_path}/last.ckpt: expected a checkpoint file, found"):
         load_checkpoint(tmp_path / "last.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            torch.ones(3).to_sparse(),
+            "expected a tensor of plain numbers in memory, found torch.float32, torch.sparse_coo",
+        ),
+        (torch.ones(3, 3).to_sparse_csr(), "found torch.float32, torch.sparse_csr"),
+        (torch.ones(3, device="meta"), "expected a tensor of plain numbers in memory"),
+        (torch._neg_view(torch.ones(3)), "expected a tensor of plain numbers in memory"),
+        (torch.ones(3).to(torch.complex64), "found torch.complex64"),
+        (torch.ones(3).to(torch.float8_e4m3fn), "found torch.float8_e4m3fn"),
+        (torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "found torch.qint8"),
+        ({1, 2}, "expected a plain value, found set"),
+        (b"bytes", "expected a plain value, found bytes"),
+        ({(1, 2): 3}, "expected a plain value, found tuple"),
+        ("\ud800", "expected a plain value, found one that can't be written"),
+    ],
+)
+@pytest.mark.parametrize(
+    "path", [("state_dict", "weight"), ("learning_method", "recipe", "module"), ("callbacks", "x")]
+)
+def test_what_is_no_plain_value_is_not_taken(tmp_path, path, value, message):
+    torch.save(changed({**GOOD, "callbacks": {"x": {}}}, path, lambda n, k: n.update({k: value})), tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=rf"^ckpt_path=[^\n]*{'.'.join(path)}[^\n]*{message}"):
+        load_checkpoint(tmp_path / "x.ckpt")
+
+
+def test_what_holds_itself_is_not_taken(tmp_path):
+    module = {"x": 1}
+    module["self"] = module
+    torch.save(
+        changed(GOOD, ("learning_method", "recipe"), lambda n, k: n.update({k: {**n[k], "module": module}})),
+        tmp_path / "x.ckpt",
+    )
+    with pytest.raises(ValueError, match="expected at most 50 levels, found more"):
+        load_checkpoint(tmp_path / "x.ckpt")
+
+
+def test_tensors_have_memory_of_their_own(tmp_path):
+    """What is written to in the order of its sizes must be as large, and nobody else's."""
+    whole = torch.arange(6.0)
+    state = {"expanded": torch.ones(1).expand(4), "whole": whole, "view": whole[2:4], "turned": whole.view(2, 3).T}
+    torch.save({**GOOD, "state_dict": state}, tmp_path / "x.ckpt")
+    loaded = load_checkpoint(tmp_path / "x.ckpt")["state_dict"]
+    for name, tensor in loaded.items():
+        assert torch.equal(tensor, state[name])
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+        assert tensor.is_contiguous()
+    assert len({tensor.data_ptr() for tensor in loaded.values()}) == 4
+
+
+def test_callbacks_are_told_of_no_files(tmp_path):
+    states = {"Stopping": {"wait": 1, "best": torch.ones(())}, "Checkpoints": {"last": {"path": "local:///home"}}}
+    torch.save({**GOOD, "callbacks": states}, tmp_path / "x.ckpt")
+    assert list(load_checkpoint(tmp_path / "x.ckpt")["callbacks"]) == ["Stopping"]

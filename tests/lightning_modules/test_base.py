@@ -239,7 +239,7 @@ def test_weights_that_are_not_finite_are_never_saved(whole, tmp_path):
 
 
 def test_checkpoints_are_taken_after_whole_steps(tmp_path):
-    with pytest.raises(ValueError, match="checkpoint_every=3 is no multiple of updates_per_step=2"):
+    with pytest.raises(ValueError, match="every=3: expected a multiple of updates_per_step=2"):
         Checkpoint(str(tmp_path), 3, "run").on_fit_start(SimpleNamespace(loggers=[]), fresh())
 
 
@@ -338,6 +338,26 @@ def test_optimisers_get_back_what_they_keep_and_nothing_else(whole, name):
                 method.check_checkpoint(saved)
 
 
+def test_moments_are_laid_out_as_their_parameters(whole):
+    """Fused optimisers go through the memory of both together."""
+    saved, method = load_checkpoint(whole / "10" / "last.ckpt"), Kept(OPTIMIZERS["adam"])
+    turned = nn.Parameter(torch.randn(4, 3).T)
+    method.wide.weight = turned
+    method._optimizers, method._learning_rates = [], []
+    method.optimizer = method.register_optimizer(torch.optim.Adam([turned], lr=0.1, fused=True))
+    turned.grad = torch.randn(4, 3).T
+    method.optimizer.step()
+    own = method.optimizer.state_dict()
+    assert own["state"][0]["exp_avg"].stride() == turned.stride() == (1, 3)
+    state = {"step": own["state"][0]["step"], **{n: own["state"][0][n].contiguous() for n in ("exp_avg", "exp_avg_sq")}}
+    saved["optimizer_states"] = [{"state": {0: state}, "param_groups": own["param_groups"]}]
+    saved["state_dict"], saved["learning_method"]["class"] = method.state_dict(), "Kept"
+    method.on_load_checkpoint(saved)
+    for name, value in saved["optimizer_states"][0]["state"][0].items():
+        assert torch.equal(value, own["state"][0][name])
+        assert value.stride() == own["state"][0][name].stride()
+
+
 def test_settings_of_optimisers_are_those_of_the_configuration(whole):
     """Not those of the file: who goes on may change them, and a file may bring what makes no sense."""
     saved, method = load_checkpoint(whole / "10" / "last.ckpt"), Toy()
@@ -386,7 +406,38 @@ def test_what_is_no_weight_may_be_infinite_and_not_nan(whole):
         ),
         (lambda saved: saved["learning_method"]["processes"][0]["random"].pop("python"), "random states: expected"),
         (lambda saved: saved["learning_method"]["processes"][0]["random"].update(torch=torch.ones(2)), "random states"),
-        (lambda saved: saved["learning_method"]["processes"][0].update(tallies=[[["a"], 5, 1]]), "tallies: expected"),
+        *(
+            (
+                lambda saved, position=position: saved["learning_method"]["processes"][0]["random"][
+                    "numpy"
+                ].__setitem__(1, position),
+                "random states",
+            )
+            for position in (-1, 625, 10**8)
+        ),
+        *(
+            (
+                lambda saved, at=at: saved["learning_method"]["processes"][0]["random"]["torch"].__setitem__(at, 7),
+                "random states",
+            )
+            for at in (8, 16)  # how many numbers are left, and where the next is
+        ),
+        *(
+            (
+                lambda saved, tally=tally: saved["learning_method"]["processes"][0].update(tallies=[tally]),
+                "tallies: expected",
+            )
+            for tally in (
+                [["a"], 5, 1],
+                [3, torch.ones(1), 1],
+                [[["a"]], torch.ones(1), 1],
+                [["a"], torch.ones(2), 1],
+                [["a"], torch.ones(1, dtype=torch.int64), 1],
+                [["a"], torch.full((1,), torch.nan), 1],
+                [["a"], torch.ones(1), 10**400],
+                [["a"], torch.ones(1), -1],
+            )
+        ),
     ],
 )
 def test_damaged_parts_of_a_checkpoint_are_named_and_nothing_is_changed(whole, change, message):
