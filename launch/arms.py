@@ -91,7 +91,7 @@ def _arm_config(arm: str, arms: Mapping[str, list[str]], overrides: list[str]) -
         config = compose("train", [*arms[arm], *overrides])
     except ConfigCompositionException as error:
         unknown = re.search(r"Could not override '([^']+)'", str(error))
-        if unknown is None or len(arms) == 1:
+        if unknown is None:
             raise
         if unknown[1] in map(override_key, arms[arm]):
             close = difflib.get_close_matches(unknown[1], keys_of(compose("train", overrides)), n=1)
@@ -99,6 +99,8 @@ def _arm_config(arm: str, arms: Mapping[str, list[str]], overrides: list[str]) -
             raise CommandLineError(
                 f"arms.{arm}: expected keys of this experiment, found {unknown[1]}.{meant}"
             ) from error
+        if len(arms) == 1:
+            raise
         raise CommandLineError(
             f"{unknown[1]}: what is typed holds for all arms, and the arm {arm} has no such key; leave it out with "
             f"arms.{arm}=null, or give it to one arm, as in '+arms.mine=[\"{unknown[1]}=VALUE\"]'."

@@ -179,10 +179,10 @@ def _report(error: BaseException) -> tuple[int, str] | None:
             return _report(raised)
         return 1, f"{RESOLVING.sub('', _one_line(error))}."
     if isinstance(error, OverrideParseException):
-        return (
-            2,
-            f"Can't read {error.override}: expected key=value, quoted as 'key=\"value\"' if it has special characters.",
-        )
+        key, value = override_key(error.override), "key=value, quoted as 'key=\"value\"' if it has special characters"
+        if key.split(".")[0] == "arms":
+            value = 'the overrides of an arm in quotes, as in \'+arms.NAME=["KEY=VALUE","KEY=VALUE"]\''
+        return 2, f"Can't read {error.override}: expected {value}."
     if isinstance(error, MissingMandatoryValue | InterpolationToMissingValueError) and not _given_experiment():
         names = ", ".join(name for name in _experiments() if "/" not in name)
         return 2, f"Which experiment? Add experiment=NAME, NAME one of {names}; --help describes them, and more."
@@ -200,6 +200,9 @@ def _report(error: BaseException) -> tuple[int, str] | None:
         unknown = re.search(r"Could not override '([^']+)'", str(error))
         if unknown and unknown[1] in map(override_key, sys.argv[1:]):
             return 2, _unknown(unknown[1])
+        absent = re.search(r"Could not delete from config. '([^']+)' does not exist", str(error))
+        if absent and f"~{absent[1]}" in sys.argv[1:]:
+            return 2, f"~{absent[1]}: {_unknown(absent[1])}"
         cause = f": {_one_line(error.__cause__)}" if error.__cause__ is not None else ""
         return 2, f"{_one_line(error)}{cause}."
     if isinstance(error, HydraException | OmegaConfBaseException):
@@ -239,7 +242,10 @@ def _unknown(key: str) -> str:
         typed = f"arms.{arm}=[{','.join(map(quoted, [*overrides, f'{key}=VALUE']))}]"
         return f"Unknown key {key}: only the arm {arm} has it, for which it is typed as {shlex.quote(typed)}."
     close = difflib.get_close_matches(key, known, n=1)
-    return f"Unknown key {key}: expected one of this experiment's.{f' Did you mean {close[0]}?' if close else ''}"
+    parent, _, name = key.rpartition(".")
+    beside = [each.removeprefix(f"{parent}.") for each in known if parent and each.rpartition(".")[0] == parent]
+    expected = f"{one_of(beside, name)} in {parent}" if beside else "one of this experiment's"
+    return f"Unknown key {key}: expected {expected}.{f' Did you mean {close[0]}?' if close else ''}"
 
 
 def _experiments() -> list[str]:

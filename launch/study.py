@@ -246,7 +246,8 @@ def _begin(module: L.LightningModule, config: DictConfig) -> str:
     try:
         found = module.begin_from(saved, config.init_parts)
     except ValueError as error:
-        raise ValueError(f"init_from={path}: {error}") from error
+        where = "" if str(error).startswith("init_parts=") else f"init_from={path}: "
+        raise ValueError(f"{where}{error}") from error
     named = "; ".join(f"{what}: {', '.join(names) or 'nothing'}" for what, names in found.items())
     updates = saved["learning_method"]["updates"]
     return (

@@ -86,6 +86,7 @@ class LearningMethod(L.LightningModule, ABC):
         self._tallies: dict[tuple[str, ...], tuple[Tensor, int]] = {}  # sums and count of metrics that come together
         self.scores: dict[str, list[float]] = {}
         self._clock: float | None = None
+        self._began = 0  # the number of updates when this program took over
         self._process_states: list[dict[str, Any]] | None = None
 
     # -- the learning rule ----------------------------------------------------------------------------------------
@@ -223,12 +224,23 @@ class LearningMethod(L.LightningModule, ABC):
         self._anneal()
         for index in range(self.updates_per_step):
             metrics = self.run_update(batch[index])
+            if self.updates == self._began:
+                self._check_metrics(metrics)
             self.tally(tuple(metrics.keys()), torch.stack([value.detach().float() for value in metrics.values()]), 1)
             self.updates += 1
         if self.updates % self.log_every == 0:
             self._record_training_metrics()
         if self.updates >= self.total_updates:
             self.trainer.should_stop = True
+
+    def _check_metrics(self, metrics: Any) -> None:
+        update = f"{type(self).__name__}.update"
+        if not isinstance(metrics, TensorDict | Mapping):
+            raise ValueError(f"{update}: expected a TensorDict of scalars, found {type(metrics).__name__}.")
+        for name, value in metrics.items():
+            if not isinstance(value, Tensor) or value.shape:
+                found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{update}: expected scalars, found {name} {found}.")
 
     def tally(self, names: tuple[str, ...], values: Tensor, count: int) -> None:
         """Add to the training metrics `names` the sums `values` over `count` observations of each."""
@@ -344,7 +356,7 @@ class LearningMethod(L.LightningModule, ABC):
     # -- life cycle ---------------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        self._clock = time.monotonic()
+        self._clock, self._began = time.monotonic(), self.updates
         if self.updates >= self.total_updates:  # a finished run that is resumed has nothing left to do
             self.trainer.should_stop = True
 

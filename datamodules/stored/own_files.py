@@ -92,13 +92,13 @@ def own_files(path: str | Path) -> list[Path]:
     kinds = ", ".join(_KINDS)
     if not path.is_dir():
         if path.suffix not in _KINDS:
-            raise ValueError(f"{path}: expected a file of one of {kinds}, or a folder of such, found another.")
+            raise ValueError(f"path={path}: expected a file of one of {kinds}, or a folder of such, found another.")
         return [path]
     if (path / "data" / _MINARI).exists():
         return [path / "data" / _MINARI]
     files = [file for file in visible_files(path, "*") if file.suffix in _KINDS]
     if not files:
-        raise FileNotFoundError(f"{path}: expected files of one of {kinds} in this folder, found none.")
+        raise FileNotFoundError(f"path={path}: expected files of one of {kinds} in this folder, found none.")
     return files
 
 

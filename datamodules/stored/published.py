@@ -106,7 +106,7 @@ def own_dataset(root: str, path: str, action_range: Bounds | None = None) -> Tra
     """
     files = own_files(path)
     for file in files:
-        check_file(file, "a file of transitions")
+        check_file(file, "a file of transitions", "path")
     settings = {"action_range": action_range}
     files += own_metadata(files)
     return _kept(root, f"own-{Path(path).stem}", files, settings, lambda: read_own(path, action_range))

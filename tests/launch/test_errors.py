@@ -79,7 +79,24 @@ def assert_one_sentence(finished, code, *parts):
         (["experiment=fb_overdrive", "+arms.x=seed"], ["arms.x=seed: expected null, or a list of overrides such as ["]),
         (
             ["experiment=fb_overdrive", f"+arms.x=[{'x' * 30000}"],
-            [f"Can't read +arms.x=[{'x' * 1500}", "x ... x", "xxx: expected key=value"],
+            [
+                f"Can't read +arms.x=[{'x' * 1500}",
+                "x ... x",
+                "xxx: expected the overrides of an arm in quotes, as in '+",
+            ],
+        ),
+        (
+            ["experiment=fb_overdrive", "+arms.x=[module.updates=5]"],
+            ["expected the overrides of an arm in quotes, as in"],
+        ),
+        (["experiment=fb_overdrive", "~arms.fb_ful"], ["~arms.fb_ful: Unknown key", "Did you mean arms.fb_full?"]),
+        (
+            ["experiment=gpl_cheetah", "environment.skip=2"],
+            ["expected one of domain, task, action_repeat in env", "in environment."],
+        ),
+        (
+            ["experiment=gpl_pendulum", "arms=null", "+arms.x=['modul.updates=3']"],
+            ["arms.x: expected keys of this experiment, found modul.updates. Did you mean module.updates?"],
         ),
         (["experiment=fb_overdrive", "seed=1,2"], ["Ambiguous value for argument 'seed=1,2': 1. To use it as a list"]),
         (["experiment=fb_overdrive", "datamodule.seed=${no}"], ["datamodule.seed: Interpolation key 'no' not found"]),

@@ -475,6 +475,21 @@ def test_a_step_of_an_optimiser_that_is_not_saved_is_refused():
         method.minimise(method.net(torch.ones(1, 3)).sum(), other)
 
 
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        (None, "Toy.update: expected a TensorDict of scalars, found NoneType"),
+        (TensorDict({"loss": torch.zeros(()), "q": torch.zeros(3)}), r"Toy.update: expected scalars, found q \[3\]"),
+        ({"loss": 1.0}, "Toy.update: expected scalars, found loss float"),
+    ],
+)
+def test_an_update_without_scalars_is_one_sentence(tmp_path, metrics, message):
+    method = fresh()
+    method.update = lambda batch: metrics
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, method)
+
+
 def test_weights_that_nothing_trains_are_named(tmp_path):
     method = fresh()
     method.other = nn.Linear(2, 2)
