@@ -77,6 +77,7 @@ def run_configs(runs: Sequence[Run], config: DictConfig, overrides: list[str]) -
     """
     arms = arms_of(config)
     composed = {arm: _arm_config(arm, arms, overrides) for arm in dict.fromkeys(run.arm for run in runs)}
+    check_used(list(composed.values()), overrides, (*BUILT, *NEUTRAL, "arms"))
     configs = {run: copy.deepcopy(composed[run.arm]) for run in runs}
     for run, own in configs.items():
         own.seed = run.seed
@@ -106,7 +107,6 @@ def _arm_config(arm: str, arms: Mapping[str, list[str]], overrides: list[str]) -
             f"arms.{arm}=null, or give it to one arm, as in '+arms.mine=[\"{unknown[1]}=VALUE\"]'."
         ) from error
     check_choices(config, [*arms[arm], *overrides])
-    check_used(config, overrides, (*BUILT, *NEUTRAL, "arms"))
     return config
 
 

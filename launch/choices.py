@@ -55,23 +55,24 @@ def check_choices(config: DictConfig, overrides: Sequence[str]) -> None:
                     )
 
 
-def check_used(config: DictConfig, overrides: Sequence[str], known: Collection[str]) -> None:
+def check_used(arms: Sequence[DictConfig], overrides: Sequence[str], known: Collection[str]) -> None:
     """Check that every key that a person sets is of a part that is built, or that something there refers to it.
 
     An experiment may have brought a key that what was chosen instead does not take, such as the domain of another
     environment.
 
     Args:
+        arms: configurations, in one of which it has to be of use.
         known: first words of keys that are read by themselves.
 
     Raises:
         CommandLineError: setting a key came to nothing.
     """
-    plain = OmegaConf.to_container(config)
+    plain = [OmegaConf.to_container(config) for config in arms]
     references = set(re.findall(r"\$\{(?:\w+:\$\{)?([\w.]+)", json.dumps(plain, default=str)))
     for key in dict.fromkeys(override_key(override) for override in overrides if not override.startswith("~")):
         group, _, name = key.partition(".")
-        if not name or group in known or not isinstance(plain.get(group), Mapping):
+        if not name or group in known or not any(isinstance(each.get(group), Mapping) for each in plain):
             continue
         taken = sorted(each.removeprefix(f"{group}.") for each in references if each.startswith(f"{group}."))
         used = any(f"{key}.".startswith(f"{each}.") or each.startswith(f"{key}.") for each in references)

@@ -56,7 +56,7 @@ def parse(arguments: list[str]) -> dict[str, Any]:
             raise CommandLineError(
                 f"Unknown argument {argument}: expected key=value, key one of {', '.join(DEFAULTS)}."
             )
-        if not text:
+        if not text and key != "ckpt_path":
             raise CommandLineError(f"{key}=: expected a value, found none.")
         given[key] = text if key not in NUMBERS else _number(key, text)
     if not given["ckpt_path"]:

@@ -55,7 +55,10 @@ def test_history_stands_beside_the_overrides_and_nothing_does_where_nothing_chan
     assert read_resumed(tmp_path)[0] == entry(200)
     assert merged(tmp_path, []) == overrides
     (tmp_path / "run.yaml").write_text(f"{plain}resumed:\n- run: a\n  updates: -1\n")
-    with pytest.raises(ValueError, match=r"run.yaml.resumed\[0\].updates: expected a whole number from 0, found -1"):
+    with pytest.raises(
+        ValueError,
+        match=r"run.yaml.resumed\[0\].updates: expected a whole number from 0 to 9223372036854775807, found -1",
+    ):
         read_resumed(tmp_path)
 
 
