@@ -130,7 +130,7 @@ class LearningMethod(L.LightningModule, ABC):
         groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
         trained = {id(parameter) for group in groups for parameter in group["params"]}
         left = [name for name, each in self.named_parameters() if each.requires_grad and id(each) not in trained]
-        if left:
+        if left and trained:  # not of a method that searches without gradients
             more = f" and {len(left) - 1} more" if len(left) > 1 else ""
             raise ValueError(
                 f"{left[0]}{more}: expected in an optimiser that is registered, or frozen by requires_grad_(False), "
