@@ -56,7 +56,7 @@ def check_choices(config: DictConfig, overrides: Sequence[str]) -> None:
 
 
 def check_used(arms: Sequence[DictConfig], overrides: Sequence[str], known: Collection[str]) -> None:
-    """Check that every key that a person sets is of a part that is built, or that something there refers to it.
+    """Check that something refers to every key that a person sets of a group that is shared by parts, as `environment`.
 
     An experiment may have brought a key that what was chosen instead does not take, such as the domain of another
     environment.
@@ -68,11 +68,17 @@ def check_used(arms: Sequence[DictConfig], overrides: Sequence[str], known: Coll
     Raises:
         CommandLineError: setting a key came to nothing.
     """
+    files = repository(given_value(overrides, SEARCH_PATH) or ())
     plain = [OmegaConf.to_container(config) for config in arms]
     references = set(re.findall(r"\$\{(?:\w+:\$\{)?([\w.]+)", json.dumps(plain, default=str)))
     for key in dict.fromkeys(override_key(override) for override in overrides if not override.startswith("~")):
         group, _, name = key.partition(".")
-        if not name or group in known or not any(isinstance(each.get(group), Mapping) for each in plain):
+        if (
+            not name
+            or group in known
+            or not files.group_exists(group)
+            or not any(isinstance(each.get(group), Mapping) for each in plain)
+        ):
             continue
         taken = sorted(each.removeprefix(f"{group}.") for each in references if each.startswith(f"{group}."))
         used = any(f"{key}.".startswith(f"{each}.") or each.startswith(f"{key}.") for each in references)
