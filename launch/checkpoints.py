@@ -16,9 +16,7 @@ from launch.files import RECIPE
 LAST = "last.ckpt"
 CHECKPOINT = {
     "state_dict": {str: Tensor},
-    "optimizer_states": [
-        {"state": {int: dict}, "param_groups": [{"params": [COUNT]}]}
-    ],  # the rest is compared with the optimisers
+    "optimizer_states": [{"state": {int: dict}, "param_groups": [{"params": [COUNT]}]}],
     "lr_schedulers": list,
     "callbacks": {str: dict},
     "learning_method": {
@@ -105,6 +103,7 @@ def _plain(node: Any, where: str, memory: set[int], depth: int) -> Any:
     if not isinstance(node, Tensor):
         _check_plain(node, (str, int, float, bool, type(None)), where)
         return node
+    node = node.detach()
     if node.layout is not torch.strided or node.device.type != "cpu" or node.dtype not in _DTYPES or node.is_neg():
         raise ValueError(f"{where}: expected a tensor of plain numbers in memory, found {node.dtype}, {node.layout}.")
     storage = node.untyped_storage()

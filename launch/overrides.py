@@ -35,20 +35,26 @@ def sets_hydra(override: str) -> bool:
     return "hydra" in re.split(r"[/@.:]", override_key(override))
 
 
-def check_resolvers(node: Any, where: str, typed: Sequence[str]) -> None:
-    """Raise a ValueError if looking a configuration's values up would call something: it might read or write.
+def check_resolvers(config: Any, overrides: Sequence[str], where: str, typed: Sequence[str]) -> None:
+    """Raise a ValueError if looking a run's values up would call something that might read or write.
 
     Args:
-        node: as it was composed, with its interpolations.
-        where: the file, for the error.
-        typed: overrides, whose values may call what they like.
+        config: as `overrides` compose it, with its interpolations.
+        where: the file that the overrides come from, for the error.
+        typed: overrides of a person, which may call what they like; so may files in folders that are among them.
     """
+    _check_values(list(overrides), where, typed)
+    if given_value(typed, SEARCH_PATH) is None:
+        _check_values(config, where, typed)
+
+
+def _check_values(node: Any, where: str, typed: Sequence[str]) -> None:
     if isinstance(node, Mapping):
         for name, value in node.items():
-            check_resolvers(name, where, typed)
-            check_resolvers(value, where, typed)
+            _check_values(name, where, typed)
+            _check_values(value, where, typed)
     for value in node if isinstance(node, list | tuple) else ():
-        check_resolvers(value, where, typed)
+        _check_values(value, where, typed)
     if not isinstance(node, str) or any(node in override for override in typed):
         return
     text, before = node, ""
@@ -57,7 +63,7 @@ def check_resolvers(node: Any, where: str, typed: Sequence[str]) -> None:
     if "${" in text:
         raise ValueError(
             f"{where}: expected values and references, found {node[:80]}, which calls something; if it is yours, type "
-            "it too."
+            "it or --config-dir again."
         )
 
 

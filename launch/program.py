@@ -48,7 +48,6 @@ OmegaConf.register_new_resolver("run_folder", run_folder, use_cache=True)  # nam
 
 def main() -> None:
     """Train and evaluate what the command line asks for."""
-    TYPED[:] = sys.argv[1:]
     sys.argv[1:] = completed(sys.argv[1:])  # in place, for the processes that are started with the same command line
     try:
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(train)()
@@ -99,6 +98,7 @@ def completed(arguments: Sequence[str]) -> list[str]:
     options = get_args_parser().parse_intermixed_args(arguments)
     flags = [argument for argument in arguments if argument not in options.overrides]
     overrides = _with_search_path(options.overrides, options.config_dir)
+    TYPED[:] = overrides
     _check_groups(overrides)
     asked = given_value(overrides, "ckpt_path")
     if asked is None or options.help or options.hydra_help:
@@ -133,7 +133,7 @@ def _check_hydra(overrides: Sequence[str], given: Sequence[str], where: Path) ->
     except HydraException:  # Hydra says it where it always does
         return
     found = _hydra_settings(config, overrides)
-    check_resolvers({name: part for name, part in config.items() if name != "hydra"}, str(where), given)
+    check_resolvers({name: part for name, part in config.items() if name != "hydra"}, overrides, str(where), given)
     for name, setting in _hydra_settings(_composed(typed), typed).items():
         if found[name] != setting:
             raise ValueError(

@@ -90,7 +90,7 @@ def _run_study(folder: Path, overrides: list[str], typed: Sequence[str]) -> floa
     foreign = rank_zero_only.rank == 0 and (folder / RUN_FILE).exists()  # it may come from anybody; others follow
     where = str(folder / RUN_FILE)
     if foreign:
-        check_resolvers(OmegaConf.to_container(config), where, typed)
+        check_resolvers(OmegaConf.to_container(config), overrides, where, typed)
     check_settings(config, overrides)
     runs = list(runs_of(config, folder))
     started_from = _checkpoint_argument(config, runs)
@@ -99,7 +99,7 @@ def _run_study(folder: Path, overrides: list[str], typed: Sequence[str]) -> floa
     trust = tuple(named.split(",")) if isinstance(named, str) else tuple(named)
     for run in runs:
         if foreign:
-            check_resolvers(OmegaConf.to_container(configs[run]), where, typed)
+            check_resolvers(OmegaConf.to_container(configs[run]), overrides, where, typed)
         check_parts(configs[run], overrides)
         if foreign:
             called = check_targets(parts_of(configs[run]), where, trust, RUN_FOLDERS, unmarked=True)

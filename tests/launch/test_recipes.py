@@ -261,8 +261,8 @@ def test_callbacks_of_a_run_that_is_gone_on_with_are_built_where_they_stand(tmp_
         (["trust=shutil", "+callbacks.x._target_=shutil.rmtree", "+callbacks.x.path={}"], "found trust, which only"),
         (["--experimental-rerun={}"], "found '--experimental-rerun="),  # of a pickle
         (["-m"], "found '-m'"),
-        (["summary='${{run_folder:{},x,null}}'"], "expected values and references, found ${run_folder:"),
-        (["summary=${{oc.env:HOME}}"], "expected values and references, found ${oc.env:HOME}, which calls something"),
+        (["summary='${{run_folder:{},x,null}}'"], "expected values and references, found summary='${run_folder:"),
+        (["summary=${{oc.env:HOME}}"], "expected values and references, found summary=${oc.env:HOME}, which calls"),
         (["experiment=../../experiment/fb_overdrive"], "expected the name of an option of experiment"),
         (["experiment={}/x"], "expected the name of an option of experiment"),
         (["-cp={}"], "found '-cp="),
@@ -368,6 +368,12 @@ def test_a_run_brings_no_settings_of_hydra_in_a_file(program, tmp_path):
         assert message in finished.err
         assert finished.err.count("\n") == 1
         assert not called.exists()
+    calling = "# @package _global_\ndefaults: [fb_overdrive]\nsummary: ${oc.env:HOME}\nmodule: {updates: 7}\n"
+    (tmp_path / "experiment" / "calling.yaml").write_text(calling)
+    write_overrides(run, ["experiment=calling", where])
+    message = f"{run / 'run.yaml'}: expected values and references, found ${{oc.env:HOME}}, which calls something"
+    assert program(f"ckpt_path={run}").err.startswith(message)
+    assert program(f"ckpt_path={run}", "--config-dir", str(tmp_path)).err.startswith("module.updates=7 is no multiple")
     write_overrides(run, ["experiment=mine", where])
     finished = program(f"ckpt_path={run}", "experiment=mine", "--config-dir", str(tmp_path))
     assert called.exists()  # what a person types is theirs
