@@ -3,6 +3,7 @@
 import atexit
 import difflib
 import gc
+import multiprocessing
 import os
 import re
 import shlex
@@ -120,9 +121,10 @@ def run_reporting_errors(main: Callable[[], None]) -> int:
         sentence = f"{sentence[: LONGEST - END]} ... {sentence[-END:]}"
     print(f"{sentence} ({TRACEBACK}=1 shows where.)", file=sys.stderr)
     del error
-    # What only the error's traceback held goes now: TorchRL's collectors of other processes hang if they have to shut
-    # down while the interpreter does.
-    gc.collect()
+    if multiprocessing.active_children():
+        # What only the error's traceback held goes now: TorchRL's collectors of other processes hang if they have to
+        # shut down while the interpreter does.
+        gc.collect()
     return code
 
 

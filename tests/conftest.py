@@ -2,6 +2,7 @@
 
 import builtins
 import errno
+import gc
 import io
 import os
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from tensordict import TensorDict
 
 from components.control.actor_objectives import AdvantageWeighted
@@ -22,12 +24,24 @@ from components.control.forward_backward import BackwardMap, ForwardMap, ZCondit
 from lightning_modules.forward_backward import ForwardBackward
 
 ROOT = Path(__file__).resolve().parent.parent
+yaml.SafeLoader = yaml.CSafeLoader  # OmegaConf's own loader derives from it: configurations are read ten times as fast
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the tests of whole programs, which take longest: the last files of several workers should be short."""
     items.sort(key=lambda item: item.path.parent != ROOT / "tests" / "launch")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over what was imported: it would go through it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture
