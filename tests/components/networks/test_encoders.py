@@ -119,7 +119,9 @@ def test_encoder_in_half_precision_and_compiled_scores_in_float32():
         half = gradient(encoder)
     assert half.dtype == torch.float32
     assert half.item() == pytest.approx(expected.item(), abs=0.01)
-    assert gradient(torch.compile(encoder, backend="aot_eager_decomp_partition")).item() == pytest.approx(expected.item(), abs=1e-4)
+    assert gradient(torch.compile(encoder, backend="aot_eager_decomp_partition")).item() == pytest.approx(
+        expected.item(), abs=1e-4
+    )
 
 
 @pytest.mark.parametrize(
