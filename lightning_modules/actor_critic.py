@@ -17,9 +17,11 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
 from components.checks import Count, CountOrZero, LearningRate, Momentum, NonNegative, Positive, Share, Size, checked
+from components.control.actor_objectives import Critic, Objective, ReparameterisedGradient
 from components.control.actors import Actor, ActorPolicy, EntropyTemperature
-from components.control.critics import Critics, critic_loss
-from components.control.pessimism import Pessimism
+from components.control.critics import BestOfPolicy, Critics, believed, critic_loss
+from components.control.pessimism import Pessimism, checked_value
+from components.control.state_value import StateValue
 from components.networks.diagnostics import correlation, effective_rank, jacobian_norm
 from components.networks.ema import polyak_update
 from components.networks.encoders import Encoder, FlatObservations, evaluating
@@ -39,12 +41,15 @@ class ActorCritic(LearningMethod):
             features.
         trunk: makes what critics (together) and actor (for itself) begin with, called with F; None for nothing.
         pessimism: how the ensemble becomes one value; if it has parameters, they are learned along with it.
+        objective: the actor's loss, see `components.control.actor_objectives`.
+        value: makes a state value that critics bootstrap from instead of the actor's actions, called with F; None for
+            none.
         temperature: makes the temperature of the entropy bonus, called with `action_dim`; None for no bonus.
         members: P.
         quantiles: M, of the return's distribution; 1 for its mean.
         discount: for one environment step.
         critic_learning_rate, encoder_learning_rate, actor_learning_rate, temperature_learning_rate,
-            pessimism_learning_rate: Adam's.
+            pessimism_learning_rate, value_learning_rate: Adam's.
         critic_loss_weight: of the critics' loss, which has half of the squared errors: 1 for SAC, 2 for DrQ-v2.
         temperature_momentum: Adam's first decay rate for the temperature; that of a learned pessimism is 0.5.
         target_rate: Polyak rate of the target networks.
@@ -55,6 +60,8 @@ class ActorCritic(LearningMethod):
             but the actor (policy evaluation), and those after them of the actor alone, with critics and encoder frozen
             and in evaluation mode (policy improvement). 0 for both at once.
         target_actor: bootstrap from a Polyak average of the actor (TD3).
+        evaluation_samples: actions drawn in each state of an evaluation, of which the one that the agent believes best
+            is taken (arXiv 2403.13097); 1 is the actor's deterministic action. Several numbers are several evaluations.
         actor_max_norm: the actor's gradient is clipped to this global norm; None leaves it.
         value_limit: stop the run when the mean Q of training batches exceeds this in size: the critics diverge.
     """
@@ -69,6 +76,8 @@ class ActorCritic(LearningMethod):
         critic: Callable[..., nn.Module],
         actor: Callable[..., Actor],
         pessimism: Pessimism,
+        objective: Objective = ReparameterisedGradient(),  # noqa: B008 - it is never changed
+        value: Callable[[int], StateValue] | None = None,
         encoder: Callable[..., Encoder] = FlatObservations,
         trunk: Callable[[int], nn.Module] | None = None,
         temperature: Callable[..., EntropyTemperature] | None = None,
@@ -81,6 +90,7 @@ class ActorCritic(LearningMethod):
         temperature_learning_rate: LearningRate = 3e-4,
         temperature_momentum: Momentum = 0.9,
         pessimism_learning_rate: LearningRate = 1e-4,
+        value_learning_rate: LearningRate = 3e-4,
         critic_loss_weight: NonNegative = 1.0,
         target_rate: Share = 0.005,
         actor_every: Count = 1,
@@ -88,6 +98,7 @@ class ActorCritic(LearningMethod):
         targets_every: Count = 1,
         policy_evaluation_updates: CountOrZero = 0,
         target_actor: bool = False,
+        evaluation_samples: Sequence[Size] = (1,),
         actor_max_norm: Positive | None = None,
         value_limit: Positive = 1e6,
         **loop: Any,
@@ -97,6 +108,8 @@ class ActorCritic(LearningMethod):
         self.critic = Critics(self.encoder.features, action_dim, quantiles, members, critic, trunk)
         self.actor = actor(self.encoder.features, action_dim, **({} if trunk is None else {"trunk": trunk}))
         self.pessimism = pessimism
+        self.objective = objective
+        self.value = None if value is None else value(self.encoder.features)
         self.temperature = None if temperature is None else temperature(action_dim)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False) if target_actor else None
@@ -109,6 +122,7 @@ class ActorCritic(LearningMethod):
         self.pessimism_every = pessimism_every
         self.targets_every = targets_every
         self.policy_evaluation_updates = policy_evaluation_updates
+        self.evaluation_samples = tuple(evaluation_samples)
         self.actor_max_norm = actor_max_norm
         self.value_limit = value_limit
 
@@ -125,6 +139,7 @@ class ActorCritic(LearningMethod):
             self.temperature_optimizer = adam(
                 self.temperature.parameters(), temperature_learning_rate, temperature_momentum
             )
+        self.value_optimizer = None if self.value is None else adam(self.value.parameters(), value_learning_rate)
         learned = [parameter for parameter in pessimism.parameters() if parameter.requires_grad]
         if learned and members == 1:
             raise ValueError("members=1: expected at least 2, or there is no disagreement to learn a penalty of.")
@@ -158,7 +173,7 @@ class ActorCritic(LearningMethod):
     def update(
         self, batch: TensorDict, critic: bool = True, actor: bool = True, pessimism: bool = True, targets: bool = True
     ) -> TensorDict:
-        """Critics, then pessimism, then actor and temperature, then targets, in the order of published code.
+        """State value, critics, then pessimism, then actor and temperature, then targets, as published code has it.
 
         Args:
             batch: [B] with observation [B, O], action [B, A], and next observation, reward [B, 1], terminated [B, 1];
@@ -167,12 +182,18 @@ class ActorCritic(LearningMethod):
             critic, actor, pessimism, targets: which parts are due, see `schedule`; pessimism only with the critics.
         """
         metrics: dict[str, Tensor] = {}
+        advantage = None
         if critic:
             features = self.encoder(batch["observation"])
-            loss, errors, metrics = self.critic_loss(features, batch["action"], self.target(batch))
+            if self.value is None:
+                target = self.target(batch)
+            else:
+                target, advantage, metrics = self._learn_value(batch, features.detach())
+            loss, errors, critic_metrics = self.critic_loss(features, batch["action"], target)
+            metrics |= critic_metrics
             auxiliary = self.encoder.loss(batch["observation"], features)
             if auxiliary is not None:
-                loss = loss + _checked(self.encoder, "loss", auxiliary, loss.shape)
+                loss = loss + checked_value(self.encoder, "loss", auxiliary, loss.shape)
                 metrics["encoder_loss"] = auxiliary.detach()
             self.minimise(loss, self.critic_optimizer)
             self.encoder.stepped()
@@ -185,12 +206,12 @@ class ActorCritic(LearningMethod):
             with torch.no_grad(), evaluating(self.encoder):
                 features = self.encoder(batch["observation"])
         if actor:
-            loss, log_prob = self.actor_loss(features.detach())
+            loss, actor_metrics = self.actor_loss(features.detach(), batch["action"], advantage)
             self.minimise(loss, self.actor_optimizer, self.actor_max_norm)
-            metrics["actor_loss"] = loss.detach()
+            metrics |= {"actor_loss": loss.detach(), **actor_metrics}
             if self.temperature is not None:
-                self.minimise(self.temperature.loss(log_prob), self.temperature_optimizer)
-                metrics |= {"entropy": -log_prob.detach().mean(), "temperature": self.temperature()}
+                self.minimise(self.temperature.loss(-actor_metrics["entropy"]), self.temperature_optimizer)
+                metrics["temperature"] = self.temperature()
         if targets:
             self.update_targets()
         return TensorDict(metrics)
@@ -199,17 +220,38 @@ class ActorCritic(LearningMethod):
     def target(self, batch: TensorDict) -> Tensor:
         """What the critics regress on, [B, M]: r + discount^n (1 - terminated) (value - alpha log pi)."""
         features = self.encoder(batch["next", "observation"])
+        if self.value is not None:
+            return self._bootstrapped(batch, self.value(features)[:, None])
         if ("next", "action") in batch.keys(True):
             next_action, bonus = batch["next", "action"], 0.0
         else:
             next_action, log_prob = (self.target_actor or self.actor).bootstrap(features)
             bonus = -(self.alpha() * log_prob)[:, None]
         q = self.target_critic(features, next_action, self.pessimism.target_members(self.members, features.device))
-        value = _checked(self.pessimism, "target", self.pessimism.target(q), q.shape[1:]) + bonus
+        value = checked_value(self.pessimism, "target", self.pessimism.target(q), q.shape[1:]) + bonus
+        return self._bootstrapped(batch, value)
+
+    def _bootstrapped(self, batch: TensorDict, value: Tensor) -> Tensor:
         assert batch["next", "reward"].shape == (len(value), 1)  # or they would broadcast
         steps = batch.get("steps_to_next_obs", None)
         discount = self.discount if steps is None else self.discount**steps
         return batch["next", "reward"] + discount * (1.0 - batch["next", "terminated"].float()) * value
+
+    def _learn_value(self, batch: TensorDict, features: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """A step of the state value; the critics' target, and the advantages [B] of the data's actions before it."""
+        before = None if self.value.steps_first else self.target(batch)
+        advantage = self.advantages(features, batch["action"])
+        loss = self.value.loss(advantage)
+        self.minimise(loss, self.value_optimizer)
+        metrics = {"value_loss": loss.detach()}
+        return self.target(batch) if before is None else before, advantage.detach(), metrics
+
+    def advantages(self, features: Tensor, action: Tensor) -> Tensor:
+        """How much better than the state value the target critics believe actions to be, [B], with V's gradient."""
+        with torch.no_grad():
+            q = self.target_critic(features, action, self.pessimism.target_members(self.members, features.device))
+            q = checked_value(self.pessimism, "target", self.pessimism.target(q), q.shape[1:]).mean(-1)
+        return q - self.value(features)
 
     def critic_loss(self, features: Tensor, action: Tensor, target: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The critics' loss, their errors [P, B] and metrics."""
@@ -218,12 +260,25 @@ class ActorCritic(LearningMethod):
         loss = self.critic_loss_weight * loss
         return loss, errors, {"critic_loss": loss.detach(), "td_error": errors.mean(), "q_mean": q.detach().mean()}
 
-    def actor_loss(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha log pi - value, averaged, and the log-densities [B]."""
-        action, log_prob = self.actor.improve(features)
-        q = self.critic(features, action, self.pessimism.actor_members(self.members, features.device))
-        value = _checked(self.pessimism, "actor", self.pessimism.actor(q), q.shape[1:2])
-        return (self.alpha() * log_prob - value).mean(), log_prob
+    def actor_loss(
+        self, features: Tensor, action: Tensor, advantage: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective's loss and metrics, beside the data's actions [B, A] and their advantages over a state value.
+
+        Where the agent has a temperature, the metrics have the policy's entropy.
+        """
+        policy, weight = self.actor(features), None if self.temperature is None else self.temperature()
+        critic = Critic(
+            lambda each: self.critic(features, each).mean(-1),
+            lambda each: believed(self.critic, self.pessimism, self.members, features, each),
+            advantage,
+            weight,
+        )
+        loss, metrics = self.objective(policy, action, critic)
+        if weight is not None and "entropy" not in metrics:
+            with torch.no_grad():
+                metrics["entropy"] = -policy.sample_with_log_prob()[1].mean()
+        return loss, metrics
 
     def update_targets(self) -> None:
         polyak_update(self.target_critic.parameters(), self.critic.parameters(), self.target_rate)
@@ -245,10 +300,19 @@ class ActorCritic(LearningMethod):
 
     # -- acting -------------------------------------------------------------------------------------------------------
 
-    def policy(self, exploring: bool = False) -> TensorDictModule:
-        """A policy that reads ``observation`` and writes ``action``."""
-        use = "explore" if exploring else "act"
-        return TensorDictModule(ActorPolicy(self.encoder, self.actor, use), ["observation"], ["action"])
+    def policy(self, exploring: bool = False, samples: int | None = None) -> TensorDictModule:
+        """A policy that reads ``observation`` and writes ``action``.
+
+        Args:
+            exploring: for collection, or for evaluation.
+            samples: actions that evaluation takes the best of; the first of `evaluation_samples` if None.
+        """
+        samples = self.evaluation_samples[0] if samples is None else samples
+        if exploring or samples == 1:
+            network = ActorPolicy(self.encoder, self.actor, "explore" if exploring else "act")
+        else:
+            network = BestOfPolicy(self.encoder, self.actor, self.critic, self.pessimism, self.members, samples)
+        return TensorDictModule(network, ["observation"], ["action"])
 
     def valued_policy(self) -> TensorDictModule:
         """The policy whose value the critics learn: it writes ``action`` and ``action_log_prob``."""
@@ -299,12 +363,9 @@ class ActorCritic(LearningMethod):
         self.add_scores({name: [value.item()] for name, value in learned.items()})
         if hasattr(task, "transitions"):
             return self.fit(task.transitions.to(self.device))
-        return task.run(self.policy(), device=self.device)
-
-
-def _checked(part: nn.Module, use: str, value: Tensor, shape: torch.Size) -> Tensor:
-    """What a part gave as it is, if nothing would broadcast."""
-    if value.shape != shape:
-        name = f"{type(part).__name__}.{use}"
-        raise ValueError(f"{name}: expected a value of shape {list(shape)}, found {list(value.shape)}.")
-    return value
+        first, *others = self.evaluation_samples
+        result = task.run(self.policy(samples=first), device=self.device)
+        for samples in others:
+            scores = task.metrics(task.run(self.policy(samples=samples), device=self.device))
+            self.add_scores({f"{name}_of_{samples}": values for name, values in scores.items()})
+        return result

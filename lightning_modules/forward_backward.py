@@ -15,7 +15,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
 from components.checks import Count, LearningRate, NonNegative, Number, Positive, Share, Size, checked, vector_size
-from components.control.actor_objectives import Objective
+from components.control.actor_objectives import Critic, Objective
 from components.control.forward_backward import (
     BackwardMap,
     ForwardMap,
@@ -40,14 +40,14 @@ ORTHONORMALITY_SCALE = {"half": 1.0, "full": 2.0}
 class ForwardBackward(LearningMethod):
     """One agent for every reward of an environment, from reward-free transitions.
 
-    FB, FB-AW, FB-AR and FB-AWARE are its four corners: `actor_objective` is the deterministic policy gradient or
+    FB, FB-AW, FB-AR and FB-AWARE are its four corners: `objective` is the deterministic policy gradient or
     advantage-weighted regression, and `backward_map` has one block or several.
 
     Args:
         observation_shape, action_dim: sizes [O] and A.
         features: d, the size of z.
         forward_map, backward_map, actor: network factories, called with the sizes.
-        actor_objective: the loss of the policy, see `components.control.actor_objectives`.
+        objective: the loss of the policy, see `components.control.actor_objectives`.
         discount: of the successor measure.
         learning_rate, backward_learning_rate, actor_learning_rate: Adam's.
         target_rate: Polyak rate of the targets of F and B.
@@ -77,7 +77,7 @@ class ForwardBackward(LearningMethod):
         forward_map: Callable[..., ForwardMap],
         backward_map: Callable[..., BackwardMap],
         actor: Callable[..., ZConditionedActor],
-        actor_objective: Objective,
+        objective: Objective,
         features: Size = 64,
         discount: Share = 0.98,
         learning_rate: LearningRate = 1e-4,
@@ -124,7 +124,7 @@ class ForwardBackward(LearningMethod):
         for target in (self.target_forward_map, self.target_backward_map):
             target.requires_grad_(False)
         self.actor = actor(observation_dim=observation_dim, action_dim=action_dim, features=features)
-        self.actor_objective = actor_objective
+        self.objective = objective
         self.latent_sampler = MixedLatentSampler(goal_probability)
         self.normaliser = (
             nn.BatchNorm1d(observation_dim, affine=False, momentum=0.01) if normalise_observations else None
@@ -270,7 +270,8 @@ class ForwardBackward(LearningMethod):
 
     def actor_loss(self, observation: Tensor, action: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The actor's loss at rows [N, ...] with task vectors z [N, d]."""
-        return self.actor_objective(self.policy_at(observation, z), action, self._critic(observation, z))
+
+        return self.objective(self.policy_at(observation, z), action, self.critic_at(observation, z))
 
     def update_targets(self) -> None:
         polyak_update(self.target_forward_map.parameters(), self.forward_map.parameters(), self.target_rate)
@@ -280,8 +281,13 @@ class ForwardBackward(LearningMethod):
         """The policy pi(. | s, z) at normalised observations [N, O]."""
         return ClippedGaussianPolicy(self.actor(observation, z).float(), self.policy_std)
 
-    def _critic(self, observation: Tensor, z: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda action: (self.forward_map(observation, z, action) * z).sum(-1)
+    def critic_at(self, observation: Tensor, z: Tensor) -> Critic:
+        """What F says of actions at normalised observations [N, O]; believed as the measure is in its targets."""
+
+        def values(action: Tensor) -> Tensor:
+            return (self.forward_map(observation, z, action) * z).sum(-1)
+
+        return Critic(values, lambda action: pessimistic_mean(values(action), self.measure_pessimism))
 
     def normalise(self, observation: Tensor) -> Tensor:
         """Standardise observations if asked for."""

@@ -55,7 +55,7 @@ def small_agent() -> Callable[..., ForwardBackward]:
             "groups": 4,
             "discount": 0.9,
             "updates": 100,
-            "actor_objective": AdvantageWeighted(),
+            "objective": AdvantageWeighted(),
             "forward_map": partial(ForwardMap, hidden_dim=hidden),
             "backward_map": partial(BackwardMap, hidden_dim=hidden, blocks=blocks),
             "actor": partial(ZConditionedActor, hidden_dim=hidden),

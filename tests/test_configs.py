@@ -15,7 +15,8 @@ from tensordict import TensorDict
 
 import train  # noqa: F401 - registers the resolvers that configurations use
 from callbacks.expert import ExpertExport
-from components.control.actor_objectives import AdvantageWeighted, DeterministicPolicyGradient
+from components.control.actor_objectives import AdvantageWeighted, ReparameterisedGradient
+from components.control.critics import believed
 from datamodules.images.readers import LabelledImages
 from launch.distributed import ExplicitFSDP
 from launch.recipes import check_targets
@@ -34,9 +35,9 @@ ONLINE = sorted(
 )
 PAPER = [name for name in EXPERIMENTS if name.startswith("paper/")]
 CORNERS = {
-    "fb": (DeterministicPolicyGradient, 1),
+    "fb": (ReparameterisedGradient, 1),
     "fb_aw": (AdvantageWeighted, 1),
-    "fb_ar": (DeterministicPolicyGradient, 4),
+    "fb_ar": (ReparameterisedGradient, 4),
     "fb_aware": (AdvantageWeighted, 4),
 }
 NARROW = [f"module.{network}.hidden_dim=8" for network in ("forward_map", "backward_map", "actor")]
@@ -76,7 +77,7 @@ def test_every_arm_of_every_experiment_learns(name, transitions):
         module = narrow_agent(transitions, f"experiment={name}", *overrides)
         if arm in CORNERS:
             objective, blocks = CORNERS[arm]
-            assert isinstance(module.actor_objective, objective)
+            assert isinstance(module.objective, objective)
             assert len(module.backward_map.blocks) == blocks or (blocks > 1 and name not in PAPER)
 
 
@@ -96,7 +97,7 @@ def test_paper_scale(name):
     assert module.backward_learning_rate == module.actor_learning_rate == (1e-6 if maze else 1e-4)
     assert (module.target_rate, module.orthonormality, module.updates) == (0.01, 1.0, 1_000_000)
     assert (data.evaluate_every, data.inference_samples) == (50_000, 100_000)
-    objective = composed(f"experiment={name}", *config.arms.fb_aware).module.actor_objective
+    objective = composed(f"experiment={name}", *config.arms.fb_aware).module.objective
     assert (objective.temperature, objective.value_samples, objective.weighting) == (1.0, 4, "iwis")
 
 
@@ -143,7 +144,7 @@ def test_presets_differ_where_their_codes_do(experiment, transitions):
             1,
         )
         assert (config.module.forward_map.hidden_dim, config.module.actor.hidden_dim) == (1024, 1024)
-        assert config.module.actor_objective._target_.endswith("DeterministicPolicyGradient")
+        assert config.module.objective._target_.endswith("ReparameterisedGradient")
 
     def differing(config: DictConfig) -> tuple:
         module = config.module
@@ -178,11 +179,11 @@ def test_paper_size_networks():
 
 
 SWITCHES = {
-    "module.actor_objective.weighting=softmax": "actor_objective.weighting",
-    "module.actor_objective.renormalise=false": "actor_objective.renormalise",
-    "module.actor_objective.temperature=3.0": "actor_objective.temperature",
-    "module.actor_objective.value_samples=10": "actor_objective.value_samples",
-    "module.actor_objective.pessimism=0.0": "actor_objective.pessimism",
+    "module.objective.weighting=softmax": "objective.weighting",
+    "module.objective.renormalise=false": "objective.renormalise",
+    "module.objective.temperature=3.0": "objective.temperature",
+    "module.objective.value_samples=10": "objective.value_samples",
+    "module.objective.pessimism=0.0": "objective.pessimism",
     "module.evaluation_samples=50": "evaluation_samples",
     "module.anneal_from=0.5": "anneal_from",
     "module.evaluation_pessimism=0.0": "evaluation_pessimism",
@@ -238,16 +239,16 @@ def agent_value(agent: object, path: str) -> object:
 
 
 def test_temperature_of_sqrt_d(transitions):
-    overrides = ("experiment=fb_walker", "module/actor_objective=advantage_weighted_sqrt_d", "module.features=64")
-    assert narrow_agent(transitions, *overrides).actor_objective.temperature == 8.0
-    scaled = composed(*overrides, "module.actor_objective.temperature.beta=0.5")
-    assert instantiate(scaled.module.actor_objective).temperature == 4.0
+    overrides = ("experiment=fb_walker", "module/objective=advantage_weighted_sqrt_d", "module.features=64")
+    assert narrow_agent(transitions, *overrides).objective.temperature == 8.0
+    scaled = composed(*overrides, "module.objective.temperature.beta=0.5")
+    assert instantiate(scaled.module.objective).temperature == 4.0
 
 
 def test_behaviour_cloning_beside_the_policy_gradient(transitions):
-    overrides = ("module/actor_objective=td3bc", "module.actor_objective.behaviour_cloning=0.5")
+    overrides = ("module/objective=td3bc", "module.objective.behaviour_cloning=0.5")
     module = narrow_agent(transitions, "experiment=fb_overdrive", *overrides)
-    assert module.actor_objective.behaviour_cloning == 0.5
+    assert module.objective.behaviour_cloning == 0.5
 
 
 @pytest.mark.parametrize(
@@ -335,6 +336,56 @@ def test_actor_critics_take_every_pessimism_and_critic(module, pessimism, critic
     config = composed(*switches, *narrow, "datamodule=online")
     made = instantiate(config.module, observation_shape=[5], action_dim=2)
     assert all(value.isfinite() for value in made.update(transitions(16)).values())
+
+
+OBJECTIVES = sorted(
+    path.stem for path in (CONFIGS / "module/objective").glob("*.yaml") if path.stem != "advantage_weighted_sqrt_d"
+)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("module", ["actor_critic", "td3", "awac", "iql"])
+def test_actor_critics_take_every_objective(module, objective, transitions):
+    """By one override; the noise that an objective bounds must be there, and a state value where it is asked for."""
+    narrow = ("module.critic.hidden_dim=8", "module.actor.network.hidden_dim=8")
+    needs = [] if module == "iql" or objective != "iql" else ["module/value=expectile"]
+    if module == "actor_critic" and objective in ("td3", "td3bc"):
+        needs += ["module.objective.noise_clip=null"]
+    config = composed(
+        "experiment=offline",
+        f"module={module}",
+        f"module/objective={objective}",
+        "datamodule.dataset.path=x.npz",
+        *needs,
+        *narrow,
+    )
+    made = instantiate(config.module, observation_shape=[5], action_dim=2)
+    check_parts(config)
+    before = [parameter.clone() for parameter in made.actor.parameters()]
+    metrics = made.update(transitions(16))
+    assert all(value.isfinite() for value in metrics.values())
+    assert any(not torch.equal(*pair) for pair in zip(before, made.actor.parameters()))
+    assert ("temperature" in metrics) == ("entropy" in metrics) == (module == "actor_critic")
+    assert ("value_loss" in metrics) == (module == "iql" or objective == "iql")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_forward_backward_takes_every_objective(objective, transitions):
+    switches = [f"module/objective={objective}", *(["module.objective.advantage=policy"] * (objective == "iql"))]
+    narrow_agent(transitions, "experiment=fb_overdrive", *switches)
+
+
+@pytest.mark.parametrize("module", ["awac", "iql", "td3bc", "bc"])
+def test_evaluations_choose_among_sampled_actions(module, transitions):
+    narrow = ("module.critic.hidden_dim=8", "module.actor.network.hidden_dim=8")
+    config = composed(f"module={module}", *narrow, "module.evaluation_samples=[1,50]", "datamodule=online")
+    made = instantiate(config.module, observation_shape=[5], action_dim=2)
+    observation = transitions(16)["observation"]
+    one, best = (made.policy(samples=samples)(observation=observation) for samples in (1, 50))
+    assert torch.equal(one, made.policy()(observation=observation))
+    values = [believed(made.critic, made.pessimism, made.members, observation, action) for action in (one, best)]
+    assert torch.equal(one, best) == (module == "td3bc")  # which draws nothing
+    assert module == "td3bc" or (values[1] > values[0]).float().mean() > 0.9
 
 
 PIXELS = sorted(

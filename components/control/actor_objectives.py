@@ -1,16 +1,18 @@
-"""Losses that improve a policy against a critic, from a batch of data; exchangeable parts of any offline actor-critic.
+"""Losses that improve a policy against critics, from a batch of data: exchangeable parts of any actor-critic.
 
 Every objective is called as `objective(policy, action, critic)`:
 
-* policy: distribution of actions at the batch's states, means [N, A];
+* policy: distribution of actions at the batch's states, see `components.control.policies.Policy`;
 * action: the data's own actions, [N, A];
-* critic: function from actions [N, A] or [S, N, A] to the ensemble's values [P, N] or [P, S, N] at the batch's states;
+* critic: what the critics say at the batch's states, see `Critic`;
 
 and returns `(loss, metrics)`, the loss a scalar whose gradient is meant for the policy alone, the metrics scalars
 without gradient. With several processes each has its own rows; weights and scales are those of the whole batch.
+
+Dimensions: P ensemble members, N batch, A action.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,91 +21,192 @@ from torch import Tensor
 from components.buildable import buildable
 from components.checks import NonNegative, Number, Positive, Size, checked
 from components.control.pessimism import pessimistic_mean
-from components.control.policies import ClippedGaussianPolicy
+from components.control.policies import Policy
 from components.control.weighting import MODES, advantage_weights, effective_sample_size
 from components.distributed import gather_rows, own_rows, world_size
 
-Critic = Callable[[Tensor], Tensor]
-Objective = Callable[[ClippedGaussianPolicy, Tensor, Critic], tuple[Tensor, dict[str, Tensor]]]
+
+@dataclass
+class Critic:
+    """What an objective may ask about actions at a batch's states.
+
+    Attributes:
+        values: of actions [..., N, A], what every member of the ensemble says, [P, ..., N].
+        believed: of actions [..., N, A], what the agent makes of that, [..., N], as pessimistic as it is.
+        advantage: of the data's actions over a state value, [N]; None where no state value is learned.
+        entropy_weight: by how much -log pi counts as reward; None where it does not.
+    """
+
+    values: Callable[[Tensor], Tensor]
+    believed: Callable[[Tensor], Tensor]
+    advantage: Tensor | None = None
+    entropy_weight: Tensor | None = None
+
+    def value(self, action: Tensor, pessimism: float | None) -> Tensor:
+        """[..., N, A] -> [..., N]: the mean less `pessimism` times the disagreement, or what the agent believes."""
+        return self.believed(action) if pessimism is None else pessimistic_mean(self.values(action), pessimism)
+
+
+Objective = Callable[[Policy, Tensor, Critic], tuple[Tensor, dict[str, Tensor]]]
+REDUCTIONS = {"mean": lambda x, size: x / size, "sum": lambda x, size: x}
+"""Over the coordinates of an action, of what is a sum over so many."""
+
+
+def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"Unknown {name}={value!r}: expected one of {', '.join(known)}.")
 
 
 @buildable()
 @checked
 @dataclass
-class DeterministicPolicyGradient:
-    """TD3's actor: maximise the (pessimistic) value of sampled actions (arXiv 1802.09477; FB: arXiv 2209.14935).
+class ReparameterisedGradient:
+    """Climb the value of sampled actions through the samples: SAC, TD3, TD3+BC (arXiv 1812.05905, 1802.09477,
+    2106.06860).
+
+    The loss is alpha log pi - Q, where there is an entropy bonus, and with `behaviour_cloning` beside it the squared
+    distance D of the samples from the data's actions: w (alpha log pi - Q) / |Q| + c D, where |Q| is the mean size of
+    the value, a constant; or with `scaled=distance` w (alpha log pi - Q) + c |Q| D, which has the same minimum.
 
     Args:
-        pessimism: weight of the ensemble's pairwise disagreement; 0.5 with two members is their minimum.
-        noise_clip: bound of the exploration noise in the sampled action.
-        behaviour_cloning: weight of mean (a~ - a)^2 beside the value scaled by its mean magnitude, as in TD3+BC
-            (arXiv 2106.06860); None leaves both out.
+        pessimism: weight of the ensemble's pairwise disagreement, 0.5 with two members for their minimum; None for
+            what the agent believes.
+        noise_clip: bound of the noise in sampled actions, if they have some.
+        value_weight: w.
+        behaviour_cloning: c; None leaves D and |Q| out.
+        scaled: ``value`` or ``distance``, see above.
+        over_action: D is the ``mean`` or the ``sum`` over the action's coordinates.
     """
 
-    pessimism: Number = 0.5
-    noise_clip: NonNegative = 0.3
+    pessimism: Number | None = None
+    noise_clip: NonNegative | None = None
+    value_weight: NonNegative = 1.0
     behaviour_cloning: NonNegative | None = None
+    scaled: str = "value"
+    over_action: str = "mean"
 
-    def __call__(
-        self, policy: ClippedGaussianPolicy, action: Tensor, critic: Critic
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        sampled = policy.sample(clip=self.noise_clip)
-        value = pessimistic_mean(critic(sampled), self.pessimism)
-        metrics = {"actor_value": value.detach().mean()}
+    def __post_init__(self) -> None:
+        _check_choice("scaled", self.scaled, ("value", "distance"))
+        _check_choice("over_action", self.over_action, tuple(REDUCTIONS))
+
+    def __call__(self, policy: Policy, action: Tensor, critic: Critic) -> tuple[Tensor, dict[str, Tensor]]:
+        if critic.entropy_weight is None:
+            sampled = policy.sample(clip=self.noise_clip)
+            value = critic.value(sampled, self.pessimism)
+            cost, metrics = -value.mean(), {}
+        else:
+            if self.noise_clip is not None:
+                raise ValueError(
+                    f"module.objective.noise_clip={self.noise_clip}: expected null with an entropy bonus (or "
+                    "module.temperature=null), found noise whose density nobody knows."
+                )
+            sampled, log_prob = policy.sample_with_log_prob()
+            value = critic.value(sampled, self.pessimism)
+            cost = (critic.entropy_weight * log_prob - value).mean()
+            metrics = {"entropy": -log_prob.detach().mean()}
+        metrics["actor_value"] = value.detach().mean()
+        if self.value_weight != 1:
+            cost = self.value_weight * cost
         if self.behaviour_cloning is None:
-            return -value.mean(), metrics
-        distance = (sampled - action).square().mean()
-        metrics["behaviour_distance"] = distance.detach()
+            return cost, metrics
+        squares = (sampled - action).square().sum(-1).mean()
+        metrics["behaviour_distance"] = squares.detach() / action.shape[-1]
+        distance = self.behaviour_cloning * REDUCTIONS[self.over_action](squares, action.shape[-1])
         scale = gather_rows(value.detach()).abs().mean()
-        return -value.mean() / scale + self.behaviour_cloning * distance, metrics
+        return (cost / scale + distance if self.scaled == "value" else cost + scale * distance), metrics
 
 
 @buildable()
 @checked
 @dataclass
 class AdvantageWeighted:
-    """Regression on the data's actions with weights that grow with their advantage (AWAC, arXiv 2006.09359; MOOD,
-    arXiv 2403.13097; FB-AW, arXiv 2412.04368).
+    """Regression on the data's actions with weights that grow with their advantage (AWAC, arXiv 2006.09359; IQL, arXiv
+    2110.06169; MOOD, arXiv 2403.13097; FB-AW, arXiv 2412.04368).
 
-    The loss is - sum_i w_i mean_j log pi(a_ij | s_i). The advantage is the plain ensemble mean at the data's action
-    less the pessimistic value of the policy, averaged over samples. No action absent from the data is ever a target.
+    The loss is - sum_i w_i log pi(a_i | s_i) / A. The advantage is the ensemble's mean at the data's action less the
+    pessimistic value of the policy, averaged over samples. No action absent from the data is ever a target.
 
     Args:
-        temperature: divides the advantage; large values clone the behaviour, small ones the batch's best action.
-        weighting: ``softmax`` or ``iwis``, see `components.control.weighting.advantage_weights`.
-        renormalise: see there.
+        temperature: divides the advantage; large values clone the behaviour, small ones the batch's best action. The
+            inverse of what IQL's papers and codes call beta.
+        weighting: ``softmax``, ``iwis`` or ``exp``, see `components.control.weighting.advantage_weights`.
+        renormalise, max_weight: see there.
+        advantage: over the value of the ``policy``, or over the ``state`` value that the agent learns.
         value_samples: policy samples for the value of a state.
-        pessimism: of the value; 0.5 with two members is their minimum.
+        pessimism: of the policy's value, 0.5 with two members for their minimum; None for what the agent believes.
+        data_pessimism: that of the data's action.
+        max_advantage: what the advantage is cut off at, if at all.
+        over_batch: the losses' ``sum``, for weights that sum to one, or their ``mean``.
+        over_action: log-densities are the ``mean`` or the ``sum`` of those of the action's coordinates.
     """
 
     temperature: Positive = 1.0
     weighting: str = "iwis"
     renormalise: bool = True
+    max_weight: Positive = 100.0
+    advantage: str = "policy"
     value_samples: Size = 4
-    pessimism: Number = 0.5
+    pessimism: Number | None = 0.5
+    data_pessimism: Number | None = 0.0
+    max_advantage: Number | None = None
+    over_batch: str = "sum"
+    over_action: str = "mean"
 
     def __post_init__(self) -> None:
-        if self.weighting not in MODES:
-            raise ValueError(f"Unknown weighting={self.weighting!r}: expected one of {', '.join(MODES)}.")
+        _check_choice("weighting", self.weighting, MODES)
+        _check_choice("advantage", self.advantage, ("policy", "state"))
+        _check_choice("over_batch", self.over_batch, tuple(REDUCTIONS))
+        _check_choice("over_action", self.over_action, tuple(REDUCTIONS))
 
-    def __call__(
-        self, policy: ClippedGaussianPolicy, action: Tensor, critic: Critic
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, policy: Policy, action: Tensor, critic: Critic) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
-            samples = policy.sample(sample_shape=(self.value_samples,))
-            values = critic(torch.cat([samples, action.unsqueeze(0)]))  # [P, S + 1, N]
-            value = pessimistic_mean(values[:, :-1], self.pessimism).mean(0)
-            advantage = values[:, -1].mean(0) - value
-            weights = advantage_weights(gather_rows(advantage), self.temperature, self.weighting, self.renormalise)
-            metrics = {
-                "actor_value": value.mean(),
-                "advantage": advantage.mean(),
-                "advantage_std": advantage.std(),
-                "effective_sample_size": effective_sample_size(weights),
-                "max_weight": weights.max(),
-            }
+            advantage, metrics = self._advantage(policy, action, critic)
+            metrics |= {"advantage": advantage.mean(), "advantage_std": advantage.std()}
+            if self.max_advantage is not None:
+                advantage = advantage.clamp(max=self.max_advantage)
+            weights = advantage_weights(
+                gather_rows(advantage), self.temperature, self.weighting, self.renormalise, self.max_weight
+            )
+            metrics["effective_sample_size"] = effective_sample_size(weights)
+            metrics["max_weight"] = weights.max()
             # Gradients are averaged over processes while the loss is a sum over the whole batch.
             own_weights = own_rows(weights) * world_size()
-        log_prob = policy.log_prob(action).mean(-1)
+        log_prob = REDUCTIONS[self.over_action](policy.log_prob(action), action.shape[-1])
         metrics["behaviour_distance"] = (policy.mean.detach() - action).square().mean()
-        return -(own_weights * log_prob).sum(), metrics
+        return -REDUCTIONS[self.over_batch]((own_weights * log_prob).sum(), len(weights)), metrics
+
+    def _advantage(self, policy: Policy, action: Tensor, critic: Critic) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.advantage == "state":
+            if critic.advantage is None:
+                raise ValueError(
+                    "module.objective.advantage=state: expected an agent that learns a state value, as with "
+                    "module/value=expectile, found none."
+                )
+            return critic.advantage, {}
+        samples = policy.sample((self.value_samples,))
+        if self.pessimism is None or self.data_pessimism is None:
+            value = critic.value(samples, self.pessimism).mean(0)
+            return critic.value(action, self.data_pessimism) - value, {"actor_value": value.mean()}
+        values = critic.values(torch.cat([samples, action.unsqueeze(0)]))  # [P, S + 1, N]
+        value = pessimistic_mean(values[:, :-1], self.pessimism).mean(0)
+        return pessimistic_mean(values[:, -1], self.data_pessimism) - value, {"actor_value": value.mean()}
+
+
+@buildable()
+@checked
+@dataclass
+class BehaviourCloning:
+    """Imitate the data, whatever the critics say: the loss is - log pi(a | s), averaged.
+
+    Args:
+        over_action: log-densities are the ``mean`` or the ``sum`` of those of the action's coordinates.
+    """
+
+    over_action: str = "mean"
+
+    def __post_init__(self) -> None:
+        _check_choice("over_action", self.over_action, tuple(REDUCTIONS))
+
+    def __call__(self, policy: Policy, action: Tensor, critic: Critic) -> tuple[Tensor, dict[str, Tensor]]:
+        log_prob = REDUCTIONS[self.over_action](policy.log_prob(action), action.shape[-1])
+        return -log_prob.mean(), {"behaviour_distance": (policy.mean.detach() - action).square().mean()}

@@ -3,6 +3,7 @@
 Dimensions: N batch, O observation, A action.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Annotated
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from components.checks import Count, NonNegative, Number, Positive, Range, Size, checked
-from components.control.policies import ClippedGaussianPolicy, TanhGaussianPolicy
+from components.control.policies import ClippedGaussianPolicy, DeterministicPolicy, Policy, TanhGaussianPolicy
 from components.networks.encoders import Encoder, evaluating
 from components.networks.ensemble import EnsembleMLP
 
@@ -47,8 +48,8 @@ class Actor(nn.Module, ABC):
         """Actions [N, A] that targets are computed with, and their log-densities [N]."""
 
     @abstractmethod
-    def improve(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        """Reparameterised actions [N, A] that the actor's loss is computed with, and their log-densities [N]."""
+    def forward(self, observation: Tensor) -> Policy:
+        """The policy that an objective improves, see `components.control.actor_objectives`."""
 
 
 @checked
@@ -92,9 +93,6 @@ class GaussianActor(Actor):
     def bootstrap(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         return self(observation).sample_with_log_prob()
 
-    def improve(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        return self(observation).sample_with_log_prob()
-
 
 @checked
 class DeterministicActor(Actor):
@@ -123,18 +121,17 @@ class DeterministicActor(Actor):
         self.target_std = target_std
         self.target_clip = target_clip
 
+    def forward(self, observation: Tensor) -> DeterministicPolicy:
+        return DeterministicPolicy(self.network(observation).squeeze(0).tanh())
+
     def act(self, observation: Tensor) -> Tensor:
-        return self.network(observation).squeeze(0).tanh()
+        return self(observation).mean
 
     def explore(self, observation: Tensor) -> Tensor:
         return ClippedGaussianPolicy(self.act(observation), self.exploration_std).sample()
 
     def bootstrap(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        policy = ClippedGaussianPolicy(self.act(observation), self.target_std)
-        return _certain(policy.sample(clip=self.target_clip))
-
-    def improve(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        return _certain(self.act(observation))
+        return ClippedGaussianPolicy(self.act(observation), self.target_std, self.target_clip).sample_with_log_prob()
 
 
 @checked
@@ -173,17 +170,69 @@ class ScheduledNoiseActor(Actor):
         done = min(1.0, env_steps / self.anneal_steps)
         self.std.fill_((1 - done) * self.initial_std + done * self.final_std)
 
+    def forward(self, observation: Tensor) -> ClippedGaussianPolicy:
+        return ClippedGaussianPolicy(self.network(observation).squeeze(0).tanh(), self.std, self.clip)
+
     def act(self, observation: Tensor) -> Tensor:
-        return self.network(observation).squeeze(0).tanh()
+        return self(observation).mean
 
     def explore(self, observation: Tensor) -> Tensor:
         return ClippedGaussianPolicy(self.act(observation), self.std).sample()
 
     def bootstrap(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        return self.improve(observation)
+        return self(observation).sample_with_log_prob()
 
-    def improve(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        return _certain(ClippedGaussianPolicy(self.act(observation), self.std).sample(clip=self.clip))
+
+@checked
+class ClippedGaussianActor(Actor):
+    """The Gaussian actor of offline methods that clone actions with weights: its noise is fixed, or learned as one
+    standard deviation for each action whatever the observation (AWAC, arXiv 2006.09359; IQL, arXiv 2110.06169).
+
+    Args:
+        network: makes the network, [N, O] -> [1, N, A].
+        trunk: makes what comes before the network, if anything.
+        std: the noise, at the start where it is learned.
+        learned: learn it; its logarithm is kept from -20 to 2.
+        squash: the mean is tanh of the network, or the network's output as it is, clamped where it acts.
+        target_clip: bound of the noise in targets, if any.
+        bounded: see `ClippedGaussianPolicy`.
+    """
+
+    def __init__(
+        self,
+        observation_dim: Count,
+        action_dim: Size,
+        network: Network = EnsembleMLP,
+        trunk: Trunk | None = None,
+        std: Positive = 0.2,
+        learned: bool = False,
+        squash: bool = True,
+        target_clip: NonNegative | None = 0.3,
+        bounded: bool = True,
+    ) -> None:
+        super().__init__()
+        self.network = _behind(trunk, network, observation_dim, action_dim)
+        self.std = std
+        self.log_std = nn.Parameter(torch.full((action_dim,), math.log(std))) if learned else None
+        self.squash = squash
+        self.target_clip = target_clip
+        self.bounded = bounded
+
+    def forward(self, observation: Tensor) -> ClippedGaussianPolicy:
+        mean = self.network(observation).squeeze(0)
+        std = self.std if self.log_std is None else self.log_std.clamp(-20.0, 2.0).exp()
+        return ClippedGaussianPolicy(mean.tanh() if self.squash else mean, std, bounded=self.bounded)
+
+    def act(self, observation: Tensor) -> Tensor:
+        return self(observation).mean.clamp(-1.0, 1.0)
+
+    def explore(self, observation: Tensor) -> Tensor:
+        return self(observation).sample()
+
+    def bootstrap(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        policy = self(observation)
+        policy.clip = self.target_clip
+        return policy.sample_with_log_prob()
 
 
 def _behind(trunk: Trunk | None, network: Network, in_features: int, out_features: int) -> nn.Module:
@@ -191,10 +240,6 @@ def _behind(trunk: Trunk | None, network: Network, in_features: int, out_feature
         return network(in_features, out_features)
     first = trunk(in_features)
     return nn.Sequential(first, network(first.out_features, out_features))
-
-
-def _certain(action: Tensor) -> tuple[Tensor, Tensor]:
-    return action, action.new_zeros(action.shape[:-1])
 
 
 class ActorPolicy(nn.Module):

@@ -9,6 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from components.checks import Count, Size, checked
+from components.control.actors import Actor
+from components.control.pessimism import Pessimism, checked_value
+from components.control.policies import best_of
+from components.networks.encoders import Encoder, evaluating
 from components.networks.ensemble import EnsembleMLP, Members
 
 
@@ -38,14 +42,56 @@ class Critics(nn.Module):
         self.network = network(width + action_dim, quantiles, members)
 
     def forward(self, features: Tensor, action: Tensor, members: Members = None) -> Tensor:
-        """What critics say, all of them or `members` alone."""
+        """What critics say, all of them or `members` alone; of several actions [..., B, A] for each, [P, ..., B, M]."""
         if self.trunk is not None:
             features = self.trunk(features)
-        x = torch.cat([features, action], -1)
+        if action.dim() > 2:
+            several = features.expand(*action.shape[:-1], features.shape[-1]).flatten(0, -2)
+            return self._said(torch.cat([several, action.flatten(0, -2)], -1), members).unflatten(1, action.shape[:-1])
+        return self._said(torch.cat([features, action], -1), members)
+
+    def _said(self, x: Tensor, members: Members) -> Tensor:
         if members is None:
             return self.network(x)
         # Other networks may keep their members in other ways, or change as they are evaluated.
         return self.network(x, members) if isinstance(self.network, EnsembleMLP) else self.network(x)[members]
+
+
+def believed(critics: Critics, pessimism: Pessimism, members: int, features: Tensor, action: Tensor) -> Tensor:
+    """What an agent makes of actions [..., B, A] at features [B, F], by the pessimism of its actor: [..., B]."""
+    q = critics(features, action, pessimism.actor_members(members, features.device))
+    rows = q.shape[1:-1]
+    value = pessimism.actor(q.flatten(1, -2))  # which knows of no other dimensions
+    return checked_value(pessimism, "actor", value, [rows.numel()]).unflatten(0, rows)
+
+
+class BestOfPolicy(nn.Module):
+    """Acts by the best of several actions that an actor draws, as the agent's critics have it (arXiv 2403.13097).
+
+    Networks act in evaluation mode, whatever mode they are in otherwise.
+
+    Args:
+        encoder, actor, critics, pessimism: shared, not copied.
+        members: of the critics.
+        samples: actions drawn in each state.
+    """
+
+    def __init__(
+        self, encoder: Encoder, actor: Actor, critics: Critics, pessimism: Pessimism, members: int, samples: int
+    ) -> None:
+        super().__init__()
+        self.encoder, self.actor, self.critics, self.pessimism = encoder, actor, critics, pessimism
+        self.members, self.samples = members, samples
+
+    @torch.no_grad()
+    def forward(self, observation: Tensor) -> Tensor:
+        with evaluating(self):
+            features = self.encoder(observation)
+
+            def value(action: Tensor) -> Tensor:
+                return believed(self.critics, self.pessimism, self.members, features, action)
+
+            return best_of(self.actor(features), value, self.samples)
 
 
 def critic_loss(q: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

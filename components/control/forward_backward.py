@@ -270,9 +270,11 @@ class ZConditionedPolicy(nn.Module):
         policy = ClippedGaussianPolicy(self.actor(observation, z).float(), self.std)
         if self.exploring:
             return policy.sample()
-        return best_of(
-            policy, lambda a: (self.forward_map(observation, z, a) * z).sum(-1), self.samples, self.pessimism
-        )
+
+        def value(action: Tensor) -> Tensor:
+            return pessimistic_mean((self.forward_map(observation, z, action) * z).sum(-1), self.pessimism)
+
+        return best_of(policy, value, self.samples)
 
 
 class FBLoss(NamedTuple):

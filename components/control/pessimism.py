@@ -7,6 +7,7 @@ Dimensions: P ensemble members, B batch, M quantiles of the return (1: its expec
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -237,3 +238,15 @@ class DualPessimism(FixedPessimism):
 def _ordered(q: Tensor) -> Tensor:
     """Quantiles in ascending order."""
     return q if q.shape[-1] == 1 else q.sort(-1).values
+
+
+def checked_value(part: nn.Module, use: str, value: Tensor, shape: Sequence[int]) -> Tensor:
+    """What a part of an agent gave, as it is, if nothing would broadcast.
+
+    Raises:
+        ValueError: it has another shape.
+    """
+    if list(value.shape) != list(shape):
+        name = f"{type(part).__name__}.{use}"
+        raise ValueError(f"{name}: expected a value of shape {list(shape)}, found {list(value.shape)}.")
+    return value

@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-
-from components.control.pessimism import pessimistic_mean
 
 
 def straight_through_clamp(x: Tensor, low: float, high: float) -> Tensor:
@@ -14,33 +13,79 @@ def straight_through_clamp(x: Tensor, low: float, high: float) -> Tensor:
     return x + (x.clamp(low, high) - x).detach()
 
 
-class ClippedGaussianPolicy:
-    """Gaussian of fixed standard deviation around a mean in [-1, 1], its samples clamped to the action range.
+class Policy(Protocol):
+    """A distribution of actions at each of N states: what actors give, and what objectives improve.
 
-    The policy of TD3 and DrQ-v2 agents. `log_prob` is the density of the plain, untruncated normal.
+    Attributes:
+        mean: the deterministic action, [N, A].
+    """
+
+    mean: Tensor
+
+    def sample(self, sample_shape: tuple[int, ...] = (), clip: float | None = None) -> Tensor:
+        """Reparameterised actions [*sample_shape, N, A]; `clip` bounds noise that is added to the mean."""
+
+    def sample_with_log_prob(self, sample_shape: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+        """The same without a bound, and their log-densities [*sample_shape, N]; zeros where entropy plays no part."""
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """Log-densities [..., N] of actions [..., N, A]."""
+
+
+class ClippedGaussianPolicy:
+    """Gaussian around a mean in [-1, 1] whose samples are clamped to the action range.
+
+    The policy of TD3 and DrQ-v2 agents. `log_prob` is the density of the plain, untruncated normal, at the ends of the
+    range too, and samples count as certain: the noise is there to explore and to smooth, not for its entropy.
 
     Args:
         mean: [..., A], already squashed to [-1, 1].
-        std: standard deviation of the noise, one number (or tensor []) for all actions.
+        std: standard deviation of the noise, one number (or tensor []), or one for each action [A].
+        clip: bound of the noise in samples that ask for none of their own.
+        bounded: clamp the noise to what is left of the range, so that samples reach its ends and have no gradient there
+            (arXiv 2403.13097); otherwise gradients pass to the mean unchanged (arXiv 2107.09645).
     """
 
     bound = 1.0 - 1e-6
 
-    def __init__(self, mean: Tensor, std: float | Tensor) -> None:
+    def __init__(self, mean: Tensor, std: float | Tensor, clip: float | None = None, bounded: bool = False) -> None:
         self.mean = mean
         self.std = std
+        self.clip = clip
+        self.bounded = bounded
 
-    def sample(self, clip: float | None = None, sample_shape: tuple[int, ...] = ()) -> Tensor:
-        """Draw [*sample_shape, ..., A]; `clip` bounds the noise itself. Gradients pass to the mean unchanged."""
-        noise = self.std * torch.randn(*sample_shape, *self.mean.shape, device=self.mean.device, dtype=self.mean.dtype)
+    def sample(self, sample_shape: tuple[int, ...] = (), clip: float | None = None) -> Tensor:
+        mean, clip = self.mean, self.clip if clip is None else clip
+        noise = self.std * torch.randn(*sample_shape, *mean.shape, device=mean.device, dtype=mean.dtype)
         if clip is not None:
             noise = noise.clamp(-clip, clip)
-        return straight_through_clamp(self.mean + noise, -self.bound, self.bound)
+        if self.bounded:
+            return mean + torch.maximum(torch.minimum(noise, 1.0 - mean), -1.0 - mean)
+        return straight_through_clamp(mean + noise, -self.bound, self.bound)
+
+    def sample_with_log_prob(self, sample_shape: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+        return _certain(self.sample(sample_shape))
 
     def log_prob(self, action: Tensor) -> Tensor:
-        """Log-density of every action coordinate, [..., A]; sum or average over the last dimension as needed."""
-        normaliser = math.log(self.std) + 0.5 * math.log(2 * math.pi)
-        return -0.5 * ((action - self.mean) / self.std).square() - normaliser
+        log_std = self.std.log() if isinstance(self.std, Tensor) else math.log(self.std)
+        normaliser = log_std + 0.5 * math.log(2 * math.pi)
+        return (-0.5 * ((action - self.mean) / self.std).square() - normaliser).sum(-1)
+
+
+class DeterministicPolicy:
+    """One action at each state, [N, A]. `log_prob` is the negative squared distance, which cloning maximises."""
+
+    def __init__(self, mean: Tensor) -> None:
+        self.mean = mean
+
+    def sample(self, sample_shape: tuple[int, ...] = (), clip: float | None = None) -> Tensor:
+        return self.mean.expand(*sample_shape, *self.mean.shape)
+
+    def sample_with_log_prob(self, sample_shape: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+        return _certain(self.sample(sample_shape))
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        return -(action - self.mean).square().sum(-1)
 
 
 class TanhGaussianPolicy:
@@ -49,6 +94,8 @@ class TanhGaussianPolicy:
     Args:
         mean, std: of u, [..., A].
     """
+
+    bound = 1.0 - 1e-6
 
     def __init__(self, mean: Tensor, std: Tensor) -> None:
         self.pre_tanh_mean = mean
@@ -59,19 +106,20 @@ class TanhGaussianPolicy:
         """The deterministic action tanh(mean), [..., A]."""
         return self.pre_tanh_mean.tanh()
 
-    def sample(self) -> Tensor:
-        """Reparameterised actions [..., A]."""
-        return self.sample_with_log_prob()[0]
+    def sample(self, sample_shape: tuple[int, ...] = (), clip: float | None = None) -> Tensor:
+        if clip is not None:
+            raise ValueError(f"noise_clip={clip}: expected null for a tanh-Gaussian, whose noise is its own.")
+        return self.sample_with_log_prob(sample_shape)[0]
 
-    def sample_with_log_prob(self) -> tuple[Tensor, Tensor]:
-        """Reparameterised actions [..., A] and their log-densities [...]."""
-        noise = torch.randn_like(self.pre_tanh_mean)
-        u = self.pre_tanh_mean + self.std * noise
+    def sample_with_log_prob(self, sample_shape: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+        mean = self.pre_tanh_mean
+        noise = torch.randn(*sample_shape, *mean.shape, device=mean.device, dtype=mean.dtype)
+        u = mean + self.std * noise
         return u.tanh(), self._log_prob(u, noise)
 
     def log_prob(self, action: Tensor) -> Tensor:
-        """Log-densities [...] of actions [..., A] inside of (-1, 1)."""
-        u = action.atanh()
+        """At the ends of the range, where there is no density, that of actions just inside."""
+        u = action.clamp(-self.bound, self.bound).atanh()
         return self._log_prob(u, (u - self.pre_tanh_mean) / self.std)
 
     def _log_prob(self, u: Tensor, noise: Tensor) -> Tensor:
@@ -81,17 +129,18 @@ class TanhGaussianPolicy:
         return (normal - correction).sum(-1)
 
 
-def best_of(
-    policy: ClippedGaussianPolicy, critic: Callable[[Tensor], Tensor], samples: int, pessimism: float = 0.5
-) -> Tensor:
-    """The sampled action of highest value, [N, A]; the mean action if `samples` is 1.
+def _certain(action: Tensor) -> tuple[Tensor, Tensor]:
+    return action, action.new_zeros(action.shape[:-1])
+
+
+def best_of(policy: Policy, value: Callable[[Tensor], Tensor], samples: int) -> Tensor:
+    """The sampled action of highest value, [N, A]; the mean action if `samples` is 1 (arXiv 2403.13097).
 
     Args:
-        critic: actions [S, N, A] -> values [P, S, N].
-        pessimism: see `pessimistic_mean`.
+        value: actions [S, N, A] -> values [S, N].
     """
     if samples == 1:
         return policy.mean
-    actions = policy.sample(sample_shape=(samples,))
-    best = pessimistic_mean(critic(actions), pessimism).argmax(0)
+    actions = policy.sample((samples,))
+    best = value(actions).argmax(0)
     return actions[best, torch.arange(best.shape[0], device=best.device)]

@@ -8,7 +8,7 @@ from torch import Tensor
 from components.buildable import buildable
 from components.checks import Positive, Size, checked
 
-MODES = ("softmax", "iwis")
+MODES = ("softmax", "iwis", "exp")
 MAX_PROBABILITY = 1.0 - 1e-3  # keeps the odds p / (1 - p) finite when one sample has all the weight
 
 
@@ -19,7 +19,13 @@ def sqrt_scaled(beta: Positive, features: Size) -> float:
     return beta * math.sqrt(features)
 
 
-def advantage_weights(advantage: Tensor, temperature: float, mode: str = "softmax", renormalise: bool = True) -> Tensor:
+def advantage_weights(
+    advantage: Tensor,
+    temperature: float,
+    mode: str = "softmax",
+    renormalise: bool = True,
+    max_weight: float = math.inf,
+) -> Tensor:
     """Batch weights that favour actions of high advantage: [N] -> [N], no gradient.
 
     With p = softmax(advantage / temperature) over the batch:
@@ -27,14 +33,17 @@ def advantage_weights(advantage: Tensor, temperature: float, mode: str = "softma
     * ``softmax``: w = p, self-normalised importance weights (the form of arXiv 2403.13097).
     * ``iwis``: w_i = p_i / (1 - p_i) = e^{u_i} / sum_{j != i} e^{u_j}. The leave-one-out sum does not contain sample i,
       which removes the bias of self-normalisation up to one positive constant (Skare, Bolviken and Holden, 2003).
+    * ``exp``: w = e^{advantage / temperature}, at most `max_weight` (the form of arXiv 2006.09359 and 2110.06169).
 
     Args:
         renormalise: divide the iwis weights by their sum, for a loss of constant scale; without it the direction of
             the gradient is exactly unbiased.
 
     Raises:
-        ValueError: if `mode` is not one of ``softmax``, ``iwis``.
+        ValueError: if `mode` is not one of ``softmax``, ``iwis``, ``exp``.
     """
+    if mode == "exp":
+        return (advantage.detach() / temperature).exp().clamp(max=max_weight)
     log_p = torch.log_softmax(advantage.detach() / temperature, dim=0)
     if mode == "softmax":
         return log_p.exp()

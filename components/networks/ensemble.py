@@ -37,6 +37,14 @@ class EnsembleLinear(nn.Module):
         self.weight = nn.Parameter(orthogonal_(torch.empty(members, in_features, out_features), gain))
         self.bias = nn.Parameter(torch.zeros(members, 1, out_features))
 
+    def uniform_(self) -> "EnsembleLinear":
+        """Draw weights and biases anew as `torch.nn.Linear` does, from -1/sqrt(in) to 1/sqrt(in)."""
+        bound = 1 / math.sqrt(self.weight.shape[1])
+        with torch.no_grad():
+            for parameter in (self.weight, self.bias):
+                parameter.uniform_(-bound, bound)
+        return self
+
     def forward(self, x: Tensor, members: Members = None) -> Tensor:
         weight, bias = self.weight, self.bias
         if members is not None:
@@ -63,9 +71,12 @@ class EnsembleLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(members, 1, dim))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, members: Members = None) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if members is not None:
+            weight, bias = weight[members], bias[members]
         normalised = nn.functional.layer_norm(x, x.shape[-1:], eps=self.eps)
-        return torch.addcmul(self.bias, normalised, self.weight)
+        return torch.addcmul(bias, normalised, weight)
 
 
 class EnsembleSpectralLinear(EnsembleLinear):
@@ -107,6 +118,8 @@ class EnsembleMLP(nn.Sequential):
         hidden_dim: width.
         layers: hidden layers.
         gain, last_gain: of the orthogonal initialisation of the hidden layers, and of the last.
+        initialisation: ``orthogonal`` with zero biases, or ``uniform``, PyTorch's own.
+        layer_norm: normalise after each ReLU (as ReBRAC's critics do, arXiv 2305.09836).
     """
 
     def __init__(
@@ -118,16 +131,26 @@ class EnsembleMLP(nn.Sequential):
         layers: SizeOrZero = 2,
         gain: NonNegative = RELU_GAIN,
         last_gain: NonNegative = 0.01 * RELU_GAIN,
+        initialisation: str = "orthogonal",
+        layer_norm: bool = False,
     ) -> None:
+        if initialisation not in ("orthogonal", "uniform"):
+            raise ValueError(f"Unknown initialisation={initialisation!r}: expected one of orthogonal, uniform.")
         parts: list[nn.Module] = []
         for _ in range(layers):
             parts += [EnsembleLinear(members, in_features, hidden_dim, gain), nn.ReLU()]
+            if layer_norm:
+                parts.append(EnsembleLayerNorm(members, hidden_dim))
             in_features = hidden_dim
         super().__init__(*parts, EnsembleLinear(members, in_features, out_features, last_gain))
+        if initialisation == "uniform":
+            for layer in self:
+                if isinstance(layer, EnsembleLinear):
+                    layer.uniform_()
 
     def forward(self, x: Tensor, members: Members = None) -> Tensor:
         for layer in self:
-            x = layer(x, members) if isinstance(layer, EnsembleLinear) else layer(x)
+            x = layer(x) if isinstance(layer, nn.ReLU) else layer(x, members)
         return x
 
 

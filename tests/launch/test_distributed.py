@@ -23,7 +23,7 @@ from callbacks.run_log import read_rows
 from components.coding.code_models import CategoricalVAE
 from components.coding.image_codec import ImageCodec
 from components.coding.vqvae import VQVAE
-from components.control.actor_objectives import AdvantageWeighted, DeterministicPolicyGradient
+from components.control.actor_objectives import AdvantageWeighted, ReparameterisedGradient
 from components.control.actors import DeterministicActor, EntropyTemperature, GaussianActor
 from components.control.forward_backward import BackwardMap, ForwardMap, ZConditionedActor, sample_sphere
 from components.control.pessimism import DualPessimism, MinimumPessimism
@@ -48,8 +48,8 @@ OBJECTIVES = {
     "aw_softmax": partial(AdvantageWeighted, weighting="softmax"),
     "aw_iwis": partial(AdvantageWeighted, weighting="iwis"),
     "aw_iwis_not_renormalised": partial(AdvantageWeighted, weighting="iwis", renormalise=False),
-    "td3": DeterministicPolicyGradient,
-    "td3bc": partial(DeterministicPolicyGradient, behaviour_cloning=1.0),
+    "td3": partial(ReparameterisedGradient, 0.5, 0.3),
+    "td3bc": partial(ReparameterisedGradient, 0.5, 0.3, behaviour_cloning=1.0),
 }
 REPRESENTATIONS = {
     "one_block": {"blocks": 1},
@@ -97,7 +97,7 @@ def gradients() -> dict[str, list[torch.Tensor]]:
             forward_map=partial(ForwardMap, hidden_dim=16),
             backward_map=partial(BackwardMap, hidden_dim=16, blocks=settings.pop("blocks")),
             actor=partial(ZConditionedActor, hidden_dim=16),
-            actor_objective=AdvantageWeighted(),
+            objective=AdvantageWeighted(),
             groups=ROWS // GROUP_ROWS // world_size(),
             updates=1,
             **settings,
@@ -110,7 +110,7 @@ def gradients() -> dict[str, list[torch.Tensor]]:
         found[name] = minimised(agent, loss, agent.representation_optimizer)
         if name in ("one_block", "four_blocks"):
             for objective, make in OBJECTIVES.items():
-                agent.actor_objective = make()
+                agent.objective = make()
                 loss, _ = agent.actor_loss(observation, action, z)
                 before = [parameter.detach().clone() for parameter in agent.actor.parameters()]
                 found[f"{objective}, {name}"] = minimised(agent, loss, agent.actor_optimizer)
@@ -314,10 +314,10 @@ def actor_critic_gradients(batch: TensorDict, quantiles: int) -> dict[str, list[
     loss, errors, _ = agent.critic_loss(batch["observation"], batch["action"], agent.target(batch))
     found = {"critic": minimised(agent, loss, agent.critic_optimizer)}
     found["pessimism"] = minimised(agent, agent.pessimism.loss(errors), agent.pessimism_optimizer)
-    loss, log_prob = agent.actor_loss(batch["observation"])
+    loss, metrics = agent.actor_loss(batch["observation"], batch["action"])
     agent.minimise(loss, agent.actor_optimizer, max_norm=0.05)
     found["actor"] = [parameter.grad.clone() for parameter in agent.actor.parameters()]
-    found["temperature"] = minimised(agent, agent.temperature.loss(log_prob), agent.temperature_optimizer)
+    found["temperature"] = minimised(agent, agent.temperature.loss(-metrics["entropy"]), agent.temperature_optimizer)
     return found
 
 

@@ -52,7 +52,7 @@ def assert_one_sentence(finished, code, *parts):
         (["experiment=fb_overdrive", "module.updates"], ["Can't read module.updates: expected key=value"]),
         (["experiment=fb_overdrive", "protocols=[1"], ["Can't read protocols=[1: expected key=value"]),
         (["experiment=fb_overdrive", "trainer=foo"], ["Unknown option trainer/foo", "cpu, ddp, fsdp, gpu"]),
-        (["experiment=fb_overdrive", "module/actor_objective=foo"], ["Unknown option module/actor_objective/foo"]),
+        (["experiment=fb_overdrive", "module/objective=foo"], ["Unknown option module/objective/foo"]),
         (["experiment=fb_overdrive", "arms=foo"], ["arms=foo: expected null, or arms with lists of overrides"]),
         (["experiment=fb_overdrive", "arms=[a]"], ["Error merging override arms=[a]: Cannot merge DictConfig with Li"]),
         (["experiment=fb_overdrive", "arms={}"], ["arms={}: expected null, or keys one by one"]),

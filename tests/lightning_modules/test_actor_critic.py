@@ -7,10 +7,17 @@ from tensordict import TensorDict
 from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
 from torch import nn
 from torchrl.data import Bounded
-from torchrl.modules import TanhNormal
-from torchrl.objectives import SACLoss, TD3Loss, ValueEstimators
+from torchrl.modules import IndependentNormal, TanhNormal
+from torchrl.objectives import IQLLoss, SACLoss, TD3BCLoss, TD3Loss, ValueEstimators
 
-from components.control.actors import DeterministicActor, EntropyTemperature, GaussianActor, ScheduledNoiseActor
+from components.control.actor_objectives import AdvantageWeighted, ReparameterisedGradient
+from components.control.actors import (
+    ClippedGaussianActor,
+    DeterministicActor,
+    EntropyTemperature,
+    GaussianActor,
+    ScheduledNoiseActor,
+)
 from components.control.pessimism import (
     DualPessimism,
     FixedPessimism,
@@ -18,6 +25,7 @@ from components.control.pessimism import (
     Pessimism,
     SubsetMinimumPessimism,
 )
+from components.control.state_value import StateValue
 from components.networks.ensemble import EnsembleMLP, EnsembleResidualMLP
 from lightning_modules.actor_critic import ActorCritic
 
@@ -113,11 +121,11 @@ def test_sac_losses_are_those_of_torchrl(transitions):
 
     torch.manual_seed(1)
     critic_loss, _, _ = ours.critic_loss(batch["observation"], batch["action"], ours.target(batch))
-    actor_loss, log_prob = ours.actor_loss(batch["observation"])
+    actor_loss, metrics = ours.actor_loss(batch["observation"], batch["action"])
     # TorchRL leaves out the half of the squared error.
     torch.testing.assert_close(2 * critic_loss, expected["loss_qvalue"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(actor_loss, expected["loss_actor"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(ours.temperature.loss(log_prob), expected["loss_alpha"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.temperature.loss(-metrics["entropy"]), expected["loss_alpha"], rtol=1e-5, atol=1e-5)
 
 
 def test_td3_losses_are_those_of_torchrl(transitions):
@@ -141,7 +149,66 @@ def test_td3_losses_are_those_of_torchrl(transitions):
 
     torch.manual_seed(1)
     critic_loss, _, _ = ours.critic_loss(batch["observation"], batch["action"], ours.target(batch))
-    actor_loss, _ = ours.actor_loss(batch["observation"])
+    actor_loss, _ = ours.actor_loss(batch["observation"], batch["action"])
+    torch.testing.assert_close(2 * critic_loss, expected["loss_qvalue"].sum(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actor_loss, expected["loss_actor"], rtol=1e-5, atol=1e-5)
+
+
+CLONING = partial(ClippedGaussianActor, network=NETWORK, std=1.0, learned=True)
+IQL = AdvantageWeighted(1 / 3, "exp", advantage="state", over_batch="mean", over_action="sum")
+
+
+def iql(**settings) -> ActorCritic:
+    """In the form of its paper and of CORL."""
+    value = partial(StateValue, network=NETWORK, next_value="before")
+    return agent(**{"actor": CLONING, "temperature": None, "objective": IQL, "value": value, **settings})
+
+
+def test_iql_losses_are_those_of_torchrl(transitions):
+    ours, batch = iql(), with_done(transitions(32))
+    with torch.no_grad():
+        ours.actor.log_std += torch.tensor([0.3, -0.5])
+        ours.value.network[-1].bias += 0.5  # advantages of both signs
+    gaussian = Layers(ours.actor.network, 0, "tanh")
+    scale = TensorDictModule(lambda mean: ours.actor.log_std.exp().expand_as(mean), ["loc"], ["scale"])
+    policy = ProbabilisticTensorDictSequential(
+        TensorDictModule(gaussian, ["observation"], ["loc"]),
+        scale,
+        ProbabilisticTensorDictModule(["loc", "scale"], ["action"], distribution_class=IndependentNormal),
+    )
+    value = TensorDictModule(Layers(ours.value.network, 0), ["observation"], ["state_value"])
+    theirs = IQLLoss(policy, critics(ours.critic.network), value, loss_function="l2", temperature=3.0, expectile=0.7)
+    theirs.make_value_estimator(ValueEstimators.TD0, gamma=0.99)
+    set_targets(theirs, "target_qvalue_network_params", critics(ours.target_critic.network))
+    expected = theirs(batch.clone())
+
+    observation, action = batch["observation"], batch["action"]
+    advantage = ours.advantages(observation, action)
+    assert 0.1 < (advantage > 0).float().mean() < 0.9
+    critic_loss, _, _ = ours.critic_loss(observation, action, ours.target(batch))
+    actor_loss, _ = ours.actor_loss(observation, action, advantage.detach())
+    torch.testing.assert_close(2 * critic_loss, expected["loss_qvalue"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actor_loss, expected["loss_actor"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.value.loss(advantage), expected["loss_value"], rtol=1e-5, atol=1e-5)
+
+
+def test_td3_bc_losses_are_those_of_torchrl(transitions):
+    objective = ReparameterisedGradient(value_weight=2.5, behaviour_cloning=1.0)
+    ours, batch = td3(objective=objective), with_done(transitions(32))
+    actor = TensorDictModule(Layers(ours.actor.network, 0, "tanh"), ["observation"], ["action"])
+    theirs = TD3BCLoss(
+        actor, critics(ours.critic.network), action_spec=Bounded(-1, 1, (2,)), loss_function="l2", alpha=2.5
+    )
+    theirs.make_value_estimator(ValueEstimators.TD0, gamma=0.99)
+    set_targets(theirs, "target_qvalue_network_params", critics(ours.target_critic.network))
+    target_actor = TensorDictModule(Layers(ours.target_actor.network, 0, "tanh"), ["observation"], ["action"])
+    set_targets(theirs, "target_actor_network_params", [target_actor])
+    torch.manual_seed(1)
+    expected = theirs(batch.clone())
+
+    torch.manual_seed(1)
+    critic_loss, _, _ = ours.critic_loss(batch["observation"], batch["action"], ours.target(batch))
+    actor_loss, _ = ours.actor_loss(batch["observation"], batch["action"])
     torch.testing.assert_close(2 * critic_loss, expected["loss_qvalue"].sum(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(actor_loss, expected["loss_actor"], rtol=1e-5, atol=1e-5)
 

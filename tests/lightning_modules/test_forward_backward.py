@@ -5,15 +5,15 @@ import copy
 import pytest
 import torch
 
-from components.control.actor_objectives import AdvantageWeighted, DeterministicPolicyGradient
+from components.control.actor_objectives import AdvantageWeighted, ReparameterisedGradient
 from components.control.forward_backward import fb_loss, orthonormality_loss, sample_sphere
 
 VARIANTS = {
-    "FB": {"actor_objective": DeterministicPolicyGradient()},
+    "FB": {"objective": ReparameterisedGradient(0.5, 0.3)},
     "FB-AW": {},
-    "FB-AR": {"actor_objective": DeterministicPolicyGradient(), "blocks": 4},
+    "FB-AR": {"objective": ReparameterisedGradient(0.5, 0.3), "blocks": 4},
     "FB-AWARE": {"blocks": 4},
-    "TD3+BC": {"actor_objective": DeterministicPolicyGradient(behaviour_cloning=1.0)},
+    "TD3+BC": {"objective": ReparameterisedGradient(0.5, 0.3, behaviour_cloning=1.0)},
     "within groups": {"blocks": 2, "within_groups": True},
     "value loss": {"blocks": 2, "value_weight": 0.1},
     "value loss within groups": {"blocks": 2, "value_weight": 0.1, "within_groups": True},
@@ -54,9 +54,9 @@ def test_representation_step_reaches_f_and_b_only(small_agent, transitions):
     assert next_action.grad is None
 
 
-@pytest.mark.parametrize("objective", [AdvantageWeighted(), DeterministicPolicyGradient()])
+@pytest.mark.parametrize("objective", [AdvantageWeighted(), ReparameterisedGradient(0.5, 0.3)])
 def test_actor_step_leaves_no_gradient_on_the_critic(small_agent, transitions, objective):
-    agent = small_agent(actor_objective=objective)
+    agent = small_agent(objective=objective)
     batch = transitions()
     before = copy.deepcopy(agent.forward_map.state_dict())
     loss, _ = agent.actor_loss(batch["observation"], batch["action"], agent.sample_z(batch["observation"]))
@@ -143,7 +143,7 @@ def test_best_of_many_samples_is_not_worse_than_the_mean_action(small_agent, tra
     chosen = agent.policy()(observation=batch["observation"], z=z)
     agent.evaluation_samples = 1
     mean = agent.policy()(observation=batch["observation"], z=z)
-    values = [agent._critic(batch["observation"], z)(action).min(0).values.mean() for action in (chosen, mean)]
+    values = [agent.critic_at(batch["observation"], z).values(action).min(0).values.mean() for action in (chosen, mean)]
     assert values[0] > values[1]
 
 

@@ -140,7 +140,7 @@ def test_strength_is_told_once_by_the_critics_alone(batch):
     target = made.target(batch)
     assert strength.grad is None
     features = made.encoder(batch["observation"])
-    loss, _ = made.actor_loss(features.detach())
+    loss, _ = made.actor_loss(features.detach(), batch["action"])
     assert torch.autograd.grad(loss, strength, allow_unused=True) == (None,)
     loss, _, _ = made.critic_loss(features, batch["action"], target)
     (once,) = torch.autograd.grad(loss, strength)
@@ -290,7 +290,7 @@ def test_policies_are_improved_on_features_without_mixing_and_shifts(batch):
     made.run_update(batch)
     torch.manual_seed(1)
     twin.encoder.eval()
-    loss, _ = twin.actor_loss(twin.encoder(batch["observation"]).detach())
+    loss, _ = twin.actor_loss(twin.encoder(batch["observation"]).detach(), batch["action"])
     expected = torch.autograd.grad(loss, list(twin.actor.parameters()))
     for parameter, gradient in zip(made.actor.parameters(), expected):
         torch.testing.assert_close(parameter.grad, gradient)

@@ -26,7 +26,7 @@ def test_actions_are_inside_of_the_box_and_carry_gradients(make, network):
     for action in (actor.act(observation), actor.explore(observation), *actor.bootstrap(observation)[:1]):
         assert action.shape == (5, 2)
         assert action.abs().max() <= 1
-    action, log_prob = actor.improve(observation)
+    action, log_prob = actor(observation).sample_with_log_prob()
     assert log_prob.shape == (5,)
     action.sum().backward()
     assert all(parameter.grad is not None for parameter in actor.network[-1].parameters())
@@ -42,7 +42,7 @@ def test_noise_of_the_deterministic_actor():
     noise = bootstrapped - mean
     assert noise.abs().max() <= 0.3 + 1e-6
     assert ((noise.abs() > 0.3 - 1e-6).float().mean()).item() == pytest.approx(0.1336, abs=0.01)  # beyond 1.5 sigma
-    assert torch.equal(actor.improve(observation)[0], mean)
+    assert torch.equal(actor(observation).sample(), mean)
     assert not log_prob.any()
 
 

@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from components.control.policies import ClippedGaussianPolicy, TanhGaussianPolicy, best_of
+from components.control.policies import ClippedGaussianPolicy, DeterministicPolicy, TanhGaussianPolicy, best_of
 
 
 def test_samples_are_clipped_and_clamped():
@@ -21,18 +22,18 @@ def test_gradient_passes_through_the_clamp():
 
 def test_log_prob_is_the_normal_density():
     mean, action = torch.rand(4, 3), torch.rand(4, 3)
-    expected = torch.distributions.Normal(mean, 0.2).log_prob(action)
+    expected = torch.distributions.Normal(mean, 0.2).log_prob(action).sum(-1)
     torch.testing.assert_close(ClippedGaussianPolicy(mean, 0.2).log_prob(action), expected)
 
 
 def test_best_of_takes_the_sample_of_highest_value():
     torch.manual_seed(0)
     policy = ClippedGaussianPolicy(torch.zeros(6, 2), 0.2)
-    assert torch.equal(best_of(policy, lambda a: a.sum(-1)[None], samples=1), policy.mean)
+    assert torch.equal(best_of(policy, lambda a: a.sum(-1), samples=1), policy.mean)
     torch.manual_seed(1)
     samples = policy.sample(sample_shape=(50,))
     torch.manual_seed(1)
-    best = best_of(policy, lambda a: a.sum(-1)[None], samples=50)
+    best = best_of(policy, lambda a: a.sum(-1), samples=50)
     torch.testing.assert_close(best.sum(-1), samples.sum(-1).max(0).values)
 
 
@@ -55,3 +56,74 @@ def test_tanh_gaussian_density_stays_finite_far_out():
     assert log_prob.isfinite().all()
     assert mean.grad.isfinite().all()
     assert action.abs().max() <= 1
+
+
+def fixed_noise(monkeypatch, noise: float) -> None:
+    monkeypatch.setattr(torch, "randn", lambda *shape, **_: torch.full(shape, noise))
+
+
+@pytest.mark.parametrize(
+    ("mean", "noise", "clip", "action", "slope"),
+    [(0.95, 1.2, None, 1.0, 0.0), (-0.9, -2.0, 0.3, -1.0, 0.0), (0.5, 3.5, 0.3, 0.8, 1.0)],
+)
+def test_bounded_noise_stops_the_gradient_at_the_ends_of_the_range(monkeypatch, mean, noise, clip, action, slope):
+    fixed_noise(monkeypatch, noise)
+    mean = torch.tensor([[mean]], requires_grad=True)
+    sampled = ClippedGaussianPolicy(mean, 0.2, bounded=True).sample(clip=clip)
+    assert sampled.item() == pytest.approx(action)
+    assert torch.autograd.grad(sampled.sum(), mean)[0].item() == pytest.approx(slope)
+    through = ClippedGaussianPolicy(mean, 0.2).sample(clip=clip)
+    assert torch.autograd.grad(through.sum(), mean)[0].item() == 1.0
+
+
+def test_a_policy_bounds_its_noise_unless_told_otherwise(monkeypatch):
+    fixed_noise(monkeypatch, 10.0)
+    policy = ClippedGaussianPolicy(torch.zeros(1, 1), 0.1, clip=0.3)
+    assert policy.sample().item() == pytest.approx(0.3)
+    assert policy.sample(clip=0.5).item() == pytest.approx(0.5)
+
+
+def test_density_of_a_learned_noise_at_the_mean_and_at_the_ends():
+    std = torch.tensor([0.2, 0.5])
+    mean = torch.tensor([[0.3, -0.1]])
+    log_prob = ClippedGaussianPolicy(mean, std).log_prob(torch.stack([mean, torch.ones_like(mean)]))
+    expected = torch.distributions.Normal(mean, std).log_prob(torch.stack([mean, torch.ones_like(mean)])).sum(-1)
+    torch.testing.assert_close(log_prob, expected)
+    at_mean = ClippedGaussianPolicy(mean, 0.2).log_prob(mean) / 2
+    assert at_mean.item() == pytest.approx(0.6904994)
+
+
+def test_several_samples_of_every_policy():
+    mean = torch.randn(4, 2)
+    for policy in (
+        ClippedGaussianPolicy(mean.tanh(), 0.2),
+        DeterministicPolicy(mean.tanh()),
+        TanhGaussianPolicy(mean, torch.full((4, 2), 0.5)),
+    ):
+        action, log_prob = policy.sample_with_log_prob((3,))
+        assert (action.shape, log_prob.shape) == ((3, 4, 2), (3, 4))
+        assert policy.sample((3,)).shape == (3, 4, 2)
+        assert policy.log_prob(action).shape == (3, 4)
+    torch.testing.assert_close(policy.log_prob(action), log_prob, rtol=1e-4, atol=1e-4)
+    assert policy.log_prob(torch.ones(4, 2)).isfinite().all()  # as data may hold them
+    with pytest.raises(ValueError, match=r"noise_clip=0.3: expected null for a tanh-Gaussian"):
+        policy.sample(clip=0.3)
+
+
+def test_cloning_a_deterministic_policy_is_least_squares():
+    mean = torch.randn(5, 2, requires_grad=True)
+    action = torch.randn(5, 2)
+    torch.testing.assert_close(-DeterministicPolicy(mean).log_prob(action), (action - mean).square().sum(-1))
+
+
+def test_best_of_chooses_for_each_row_by_itself():
+    torch.manual_seed(0)
+    policy = ClippedGaussianPolicy(torch.zeros(6, 2), 0.2)
+    direction = torch.tensor([[1.0, 2.0]])
+    torch.manual_seed(1)
+    chosen = best_of(policy, lambda action: (action * direction).sum(-1), 20)
+    torch.manual_seed(1)
+    candidates = policy.sample((20,))
+    along = (candidates * direction).sum(-1)
+    assert torch.equal((chosen * direction).sum(-1), along.max(0).values)
+    assert torch.equal(chosen[3], candidates[along[:, 3].argmax(), 3])
