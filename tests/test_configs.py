@@ -375,6 +375,23 @@ def test_forward_backward_takes_every_objective(objective, transitions):
     narrow_agent(transitions, "experiment=fb_overdrive", *switches)
 
 
+MIXTURES = sorted(path.stem for path in (CONFIGS / "experiment").glob("mood_*.yaml"))
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_every_arm_of_every_experiment_on_mixed_data_learns(name):
+    arms = OmegaConf.to_container(composed(f"experiment={name}").arms)  # as they are written, ${seed} and all
+    for arm, overrides in arms.items():
+        config = composed(f"experiment={name}", *overrides, "seed=3", "datamodule.dataset.episodes=2")
+        check_parts(config)
+        data = instantiate(config.datamodule)
+        data.setup("fit")
+        assert data.dataset.data["source"].unique().tolist() == ([3] if arm.endswith("same") else list(range(8)))
+        made = instantiate(config.module, **data.spec)
+        assert made.actor.network[0].weight.shape[-1] == (8 if arm.startswith("narrow") else 256)
+        assert all(value.isfinite() for value in made.update(data.dataset.data[:32]).values())
+
+
 @pytest.mark.parametrize("module", ["awac", "iql", "td3bc", "bc"])
 def test_evaluations_choose_among_sampled_actions(module, transitions):
     narrow = ("module.critic.hidden_dim=8", "module.actor.network.hidden_dim=8")

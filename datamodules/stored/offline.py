@@ -11,7 +11,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from components.checks import Count, checked, vector_size
+from components.checks import Count, CountOrZero, checked, vector_size
 from components.distributed import rank, world_size
 from components.wording import counted
 from datamodules.environment import EnvironmentDataModule, named_rewards
@@ -34,6 +34,11 @@ class OfflineDataModule(EnvironmentDataModule):
 
     Args:
         dataset: makes or loads the data set when training or evaluation needs it.
+        reward: what agents are rewarded for that learn with their task at hand, a task or an expression over the
+            environment's measurements, computed once from the stored physics; None for the stored reward.
+        sources: learn from the episodes of these behaviours alone, by the names or numbers that the data set has for
+            them; None for all.
+        max_episodes: of those, learn from so many that are drawn at random; None for all.
         environment, protocols: see `EnvironmentDataModule`; protocols are left alone without an environment.
         inference_samples: number n of transitions from which tasks are inferred; the same ones at every evaluation.
         on_device: keep the data set in the training device's memory.
@@ -48,6 +53,9 @@ class OfflineDataModule(EnvironmentDataModule):
         environment: Callable[..., MeasuredEnv] | None,
         protocols: Mapping[str, Mapping[str, Any]],
         *,
+        reward: str | None = None,
+        sources: Sequence[str | CountOrZero] | None = None,
+        max_episodes: Count | None = None,
         inference_samples: Count = 100_000,
         on_device: bool = True,
         **settings: Any,
@@ -55,6 +63,16 @@ class OfflineDataModule(EnvironmentDataModule):
         super().__init__(environment, {} if environment is None else protocols, **settings)
         self._make_dataset = dataset
         self.rolls_out = environment is not None
+        self.reward, self.sources, self.max_episodes = reward, sources, max_episodes
+        if reward is not None:
+            if environment is None:
+                raise ValueError(f"datamodule.reward={reward}: expected an environment that measures it, found none.")
+            try:
+                self._reference_env.check_tasks([reward])
+            except ValueError as error:
+                raise ValueError(f"datamodule.reward={reward}: {error}") from error
+        if sources is not None and not sources:
+            raise ValueError("datamodule.sources=[]: expected at least one, or null for all.")
         self.inference_samples = inference_samples
         self.on_device = on_device
         self.dataset: TransitionDataset | None = None
@@ -95,7 +113,12 @@ class OfflineDataModule(EnvironmentDataModule):
 
     def _load(self) -> TransitionDataset:
         if self.dataset is None:
-            self.dataset = self._make_dataset()
+            dataset = self._make_dataset()
+            if self.sources is not None or self.max_episodes is not None:
+                dataset = dataset.chosen(self.sources, self.max_episodes, self.seed)
+            if self.reward is not None:
+                dataset = dataset.rewarded(self._rewards(dataset.data, [self.reward]), self.reward)
+            self.dataset = dataset
         return self.dataset
 
     @property
@@ -139,9 +162,13 @@ class OfflineDataModule(EnvironmentDataModule):
     def _fingerprint(self) -> dict[str, Any]:
         """What tells data apart: the checksums of stored files, the recipe of data that are made anew each time."""
         assert self.dataset is not None
-        files = self.dataset.manifest.get("files")
+        manifest = self.dataset.manifest
+        files = manifest.get("files")
+        if files is None:
+            return manifest
         # rewards that were left out are not learned from, and older readers did not keep them
-        return self.dataset.manifest if files is None else {name: files[name] for name in files if name != "left_out"}
+        stored = {name: files[name] for name in files if name != "left_out"}
+        return stored | {name: manifest[name] for name in ("chosen", "reward") if name in manifest}
 
     # -- tasks --------------------------------------------------------------------------------------------------------
 

@@ -139,6 +139,48 @@ class TransitionDataset:
             loose += int((~torch.isclose(led, began, rtol=1e-3)).any(1).sum())
         return loose
 
+    def chosen(self, sources: Sequence[str | int] | None, episodes: int | None, seed: int) -> TransitionDataset:
+        """The data set of some of the episodes, whole and in their order.
+
+        Args:
+            sources: keep episodes of these, by their names in the manifest's `sources` or by number; None for all.
+            episodes: keep so many of those, drawn at random; None for all.
+            seed: of that draw.
+
+        Raises:
+            ValueError: there is no such source, or there are fewer episodes than asked for.
+        """
+        names = self.manifest.get("sources", [])
+        of_episode = torch.zeros(self.episodes, dtype=torch.int64)
+        of_episode[self.data["episode"]] = self.data["source"]
+        kept = torch.ones(self.episodes, dtype=torch.bool)
+        if sources is not None:
+            there = of_episode.unique().tolist()
+            known = [names[number] if number < len(names) else number for number in there]
+            numbers = []
+            for source in sources:
+                if source not in known and source not in there:
+                    words = ", ".join(map(str, known))
+                    raise ValueError(f"datamodule.sources: expected some of {words}, found {source}.")
+                numbers.append(there[known.index(source)] if source in known else source)
+            kept = torch.isin(of_episode, torch.tensor(numbers, dtype=torch.int64))
+        if episodes is not None:
+            among = kept.nonzero()[:, 0]
+            if episodes > len(among):
+                raise ValueError(f"datamodule.max_episodes={episodes}: expected at most the {len(among)} there are.")
+            drawn = torch.randperm(len(among), generator=torch.Generator().manual_seed(seed))[:episodes]
+            kept = torch.zeros_like(kept).index_fill_(0, among[drawn], True)
+        data = self.data[kept[self.data["episode"]]]
+        data["episode"] = data["episode"].unique_consecutive(return_inverse=True)[1]
+        chosen = {"sources": None if sources is None else list(sources), "episodes": episodes, "seed": seed}
+        return TransitionDataset(data, {**self.manifest, "chosen": chosen})
+
+    def rewarded(self, reward: Tensor, of: str) -> TransitionDataset:
+        """The data set with other rewards [n, 1], of the words `of`."""
+        data = self.data.exclude("left_out")
+        data["next", "reward"] = reward
+        return TransitionDataset(data, {**self.manifest, "reward": of})
+
     def save(self, folder: str | Path) -> None:
         """Write the data set to a new folder, which appears at once and whole; see `write_dataset`."""
         write_dataset(folder, [self], self.manifest)

@@ -62,14 +62,14 @@ REPRESENTATIONS = {
 }
 
 
-def noise_of_the_row(self, clip=None, sample_shape=()):
+def noise_of_the_row(self, sample_shape=(), clip=None):
     """Policy samples whose noise is a function of the row, so that it does not depend on how the batch is split."""
     counts = torch.arange(1, 1 + max(1, *sample_shape, 1)).view(-1, *(1,) * self.mean.dim())
     noise = self.std * torch.sin(50 * self.mean.detach() + counts)
     return self.mean + (noise if sample_shape else noise[0])
 
 
-def tanh_noise_of_the_row(self):
+def tanh_noise_of_the_row(self, sample_shape=()):
     """The same for the tanh-Gaussian policy."""
     noise = torch.sin(50 * self.pre_tanh_mean.detach() + 1)
     u = self.pre_tanh_mean + self.std * noise

@@ -9,10 +9,12 @@ import torch
 
 from datamodules.environments.batched_mujoco import BatchedMujocoEnv
 from datamodules.environments.overdrive import OverdriveEnv
+from datamodules.environments.swirl import SwirlEnv
 from datamodules.environments.zero_value import ZeroValueEnv
 from datamodules.stored.offline import OfflineDataModule
 from datamodules.stored.overdrive import overdrive_dataset
 from datamodules.stored.own_files import read_own
+from datamodules.stored.swirl import swirl_dataset
 
 
 def datamodule(environment=OverdriveEnv, seed: int = 0, **settings) -> OfflineDataModule:
@@ -123,3 +125,74 @@ def test_without_an_environment_sizes_are_those_of_the_data(capsys):
     assert module.references() == {}
     with pytest.raises(ValueError, match=r"reward=x: expected an experiment with an environment, found one without"):
         module.choose_tasks(reward="x")
+
+
+def swirling(**settings) -> OfflineDataModule:
+    sizes = {"batch_size": 8, "updates_per_step": 2, "evaluate_every": 4} | settings
+    return OfflineDataModule(partial(swirl_dataset, 4), SwirlEnv, {"swirl": {"rewards": {"goal": "goal_2"}}}, **sizes)
+
+
+def made(**settings) -> OfflineDataModule:
+    module = swirling(**settings)
+    module.setup("fit")
+    return module
+
+
+def test_episodes_of_some_behaviours_are_kept_whole():
+    whole, some = made().dataset, made(sources=["goal_5", 2]).dataset
+    assert (some.episodes, len(some)) == (8, 240)
+    assert some.data["source"].unique().tolist() == [2, 5]
+    assert torch.equal(
+        some.data["action"], whole.data["action"][torch.isin(whole.data["source"], torch.tensor([2, 5]))]
+    )
+    assert some.episode_lengths().tolist() == [30] * 8
+
+
+def test_so_many_episodes_are_drawn_by_the_seed():
+    first, again, other = (made(max_episodes=10, seed=seed).dataset for seed in (0, 0, 1))
+    assert (first.episodes, len(first)) == (10, 300)
+    assert torch.equal(first.data["action"], again.data["action"])
+    assert not torch.equal(first.data["action"], other.data["action"])
+    assert not first.loose_ends()
+    assert len(first.data["source"].unique()) > 3
+
+
+def test_a_reward_is_that_of_the_task_at_hand_and_what_agents_learn_from():
+    module = made(reward="2 * x", sources=["goal_0"])
+    torch.testing.assert_close(
+        module.dataset.data["next", "reward"][:, 0], 2 * module.dataset.data["next", "physics"][:, 0].float()
+    )
+    assert torch.equal(made().dataset.data["next", "reward"], torch.zeros(960, 1))
+    assert not made(reward="goal_2").dataset.data["next", "reward"].eq(0).any()
+
+
+def test_a_run_goes_on_with_the_episodes_and_the_reward_that_it_began_with():
+    first = made(reward="goal_2", sources=["goal_2"])
+    made(reward="goal_2", sources=["goal_2"]).load_state_dict(first.state_dict())
+    for changed in ({"reward": "goal_3"}, {"sources": ["goal_3"]}, {"max_episodes": 2}):
+        with pytest.raises(ValueError, match=r"datamodule.dataset: expected the data that the checkpoint's run was"):
+            made(**({"reward": "goal_2", "sources": ["goal_2"]} | changed)).load_state_dict(first.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sources": ["goal_9"]}, r"datamodule.sources: expected some of goal_0, goal_1, .*goal_7, found goal_9\."),
+        ({"sources": [9]}, r"datamodule.sources: expected some of goal_0, .*, found 9\."),
+        ({"max_episodes": 33}, r"datamodule.max_episodes=33: expected at most the 32 there are\."),
+        ({"reward": "goal_9"}, r"datamodule.reward=goal_9: Unknown task 'goal_9' of swirl"),
+        ({"sources": []}, r"datamodule.sources=\[\]: expected at least one"),
+    ],
+)
+def test_data_that_are_not_there(settings, message):
+    with pytest.raises(ValueError, match=message):
+        made(**settings)
+
+
+def test_a_reward_needs_an_environment():
+    with pytest.raises(
+        ValueError, match=r"datamodule.reward=x: expected an environment that measures it, found none\."
+    ):
+        OfflineDataModule(
+            partial(swirl_dataset, 4), None, {}, reward="x", batch_size=8, updates_per_step=2, evaluate_every=4
+        )
