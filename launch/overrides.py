@@ -14,7 +14,17 @@ from hydra.core.override_parser.types import Quote, QuotedString
 SEARCH_PATH = "hydra.searchpath"
 """Folders of configurations beside the project's own."""
 WHERE = ("experiment", "seed", "output_root", "data_root", "ckpt_path", "logger", "hydra", "trust")
-TELLING = ("name", "summary", "duration", "notes", "training_curves", "curves_against", "objective", "aggregate")
+TELLING = (
+    "name",
+    "summary",
+    "duration",
+    "notes",
+    "training_curves",
+    "curves_against",
+    "objective",
+    "aggregate",
+    "contrasts",
+)
 NEUTRAL = (*WHERE, *TELLING)
 """The first words of overrides that change neither what an experiment is nor how long it takes."""
 

@@ -60,6 +60,7 @@ def write_report(
         for arm, metrics in found.items()
     }
     aggregate = {arm: one for arm, metrics in arms.items() if (one := _aggregate(metrics, config.aggregate))}
+    contrasts = {name: found for name, weights in config.contrasts.items() if (found := _contrast(arms, weights))}
     if (folder / REFERENCES).exists():
         for arm, metrics in read_json(folder / REFERENCES, REFERENCE_RESULTS).items():
             arms[arm] = {metric: _spread(values, "episodes") for metric, values in metrics.items()}
@@ -69,6 +70,7 @@ def write_report(
         "seconds": round(sum(result["seconds"] for result in results.values()), 1),
         "arms": arms,
         "aggregate": aggregate,
+        "contrasts": contrasts,
         "resumed": [one for one in resumed if one["run"] in {run.name for run in runs}],
         "provenance": _made_by(results),
     }
@@ -141,6 +143,21 @@ def _aggregate(metrics: Mapping[str, Mapping[str, Any]], pattern: str | None) ->
     return {"tasks": tasks, "n": len(scores), **_interquartile(scores)} if scores else None
 
 
+def _contrast(arms: Mapping[str, Any], weights: Mapping[str, float]) -> dict[str, Any]:
+    """A weighted sum of arms, metric by metric, of each seed with itself; none where one of the arms was not run."""
+    if not weights or not weights.keys() <= arms.keys():
+        return {}
+    found = {}
+    for metric in arms[next(iter(weights))]:
+        each = [arms[arm].get(metric, {"by_seed": {}})["by_seed"] for arm in weights]
+        seeds = sorted(set.intersection(*map(set, each)), key=int)
+        sums = {seed: sum(w * means[seed] for w, means in zip(weights.values(), each)) for seed in seeds}
+        if sums:
+            values = list(sums.values())
+            found[metric] = {**_spread(values, "seeds"), "by_seed": sums, **_interquartile([[each] for each in values])}
+    return found
+
+
 def _made_by(results: Mapping[Any, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What made the results: once for all runs, or several with the runs of each."""
     runs: dict[str, list[str]] = {}
@@ -170,6 +187,7 @@ def _markdown(
     for remark in [*_notes(config.notes, overrides), *remarks]:
         lines += [remark, ""]
     lines += _intervals(summary)
+    lines += _contrasts(summary["contrasts"], config.contrasts)
     lines += [f"Training and evaluation took {_times(results)}.", ""]
     for name in curves:
         lines += [f"![learning curves]({name})", ""]
@@ -252,6 +270,21 @@ def _intervals(summary: Mapping[str, Any]) -> list[str]:
     interval = f" [{100 * LEVEL:.0f} % interval, by a stratified bootstrap of {RESAMPLES:,} resamples]" * several
     few = "; of few seeds it is too narrow (docs/reports.md)" * (1 < len(summary["seeds"]) < 5)
     return [f"Interquartile mean over {over}{interval}{few}:", "", *_table(rows, _interval)]
+
+
+def _contrasts(found: Mapping[str, Any], weights: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Weighted sums of arms, seed by seed."""
+    if not found:
+        return []
+
+    def term(arm: str, weight: float) -> str:
+        return f"{'-' if weight < 0 else '+'}{'' if abs(weight) == 1 else f'{abs(weight):g} '}{arm}"
+
+    sums = [f"{name} is {' '.join(term(*each) for each in weights[name].items())}" for name in found]
+    several = any(value["interval"] is not None for metrics in found.values() for value in metrics.values())
+    over = f" (mean ± standard error over seeds, and interquartile mean [{100 * LEVEL:.0f} % interval])" * several
+    lines = [f"Arms against each other, every seed with itself{over}: {'; '.join(sums)}.", ""]
+    return [*lines, *_table(found, lambda value: f"{_cell(value)}, {_interval(value)}" if several else _cell(value))]
 
 
 def _interval(value: Mapping[str, Any]) -> str:

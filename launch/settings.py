@@ -1,6 +1,6 @@
 """Whether what an experiment and a person set makes sense, before anything is built."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -8,7 +8,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from components.checks import Seed, Size, check_range
+from components.checks import Number, Seed, Size, check_range
 from launch.errors import CommandLineError
 from launch.experiments import options_with
 from launch.overrides import SEARCH_PATH, given_value, override_key
@@ -24,6 +24,7 @@ TOP_LEVEL = {
     "curves_against": str | None,
     "objective": str | None,
     "aggregate": str | None,
+    "contrasts": Mapping[str, Mapping[str, Number]],
     "seed": Seed,
     "num_seeds": Size,
     "threads": Size | None,
@@ -79,6 +80,9 @@ def check_settings(config: DictConfig, overrides: Sequence[str]) -> None:
         CommandLineError, ValueError: names the key, what was expected and what was found.
     """
     check_types(config, TOP_LEVEL)
+    for name, weights in config.contrasts.items():
+        if not isinstance(weights, DictConfig):
+            raise ValueError(f"contrasts.{name}={weights}: expected ARM: WEIGHT pairs, as in {{ARM: 1, OTHER: -1}}.")
     check_folder_name("name", config.name)
     if not config.data_root or "${" in config.data_root:
         raise ValueError(f"data_root={config.data_root!r}: expected the path of a folder.")

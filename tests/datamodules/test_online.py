@@ -6,6 +6,7 @@ import torch
 from tensordict.nn import TensorDictModule
 
 from components.control.actors import Actor, ActorPolicy
+from components.control.policies import DeterministicPolicy
 from components.networks.encoders import FlatObservations
 from datamodules.environments.overdrive import OverdriveEnv
 from datamodules.environments.zero_value import ZeroValueEnv
@@ -182,7 +183,8 @@ class Constant(Actor):
     def bootstrap(self, observation):
         return self.act(observation), torch.zeros(len(observation))
 
-    improve = bootstrap
+    def forward(self, observation):
+        return DeterministicPolicy(self.act(observation))
 
 
 @pytest.mark.parametrize("collector", ["async", pytest.param("ray", marks=pytest.mark.slow)])

@@ -27,6 +27,7 @@ CONFIG = {
     "curves_against": None,
     "training_curves": [],
     "aggregate": "*/return",
+    "contrasts": {},
 }
 
 
@@ -98,6 +99,30 @@ def test_tasks_are_taken_together_where_all_seeds_have_them(study):
     assert results["aggregate"]["arm"]["interval"] is None
     assert "Interquartile mean over tasks:\n\n| | arm |\n|---|---:|\n| 2 tasks together | 5.50 |\n\n" in report
     assert study({"arm": seeds}, aggregate=None)[0]["aggregate"] == {}
+
+
+def test_arms_are_compared_seed_by_seed(study):
+    """Whatever all arms have in common with a seed drops out."""
+    common = [0.0, 100.0, 300.0]
+    arms = {
+        arm: [{"task/return": [value + gain * (seed + 1)]} for seed, value in enumerate(common)]
+        for arm, gain in (("a", 3.0), ("b", 1.0), ("c", 0.5))
+    }
+    contrasts = {"gain": {"a": 1, "b": -1}, "more": {"a": 1, "b": -1.5, "c": 0.5}, "gone": {"a": 1, "d": -1}}
+    results, report = study(arms, contrasts=contrasts)
+    assert list(results["contrasts"]) == ["gain", "more"]
+    found = results["contrasts"]["gain"]["task/return"]
+    assert found["by_seed"] == pytest.approx({"0": 2.0, "1": 4.0, "2": 6.0})
+    assert (found["mean"], found["n"], found["stderr"]) == (pytest.approx(4.0), 3, pytest.approx(2 / 3**0.5))
+    low, high = found["interval"]
+    assert [low, high] == list(bootstrap_interval([[2.0], [4.0], [6.0]]))
+    assert "gain is +a -b; more is +a -1.5 b +0.5 c." in report
+    assert f"| | gain | more |\n|---|---:|---:|\n| task | 4.00 ± 1.15, 4.00 [{low:.2f}, {high:.2f}] |" in report
+    results, report = study({arm: seeds[:1] for arm, seeds in arms.items()}, contrasts={"gain": {"a": 1, "b": -1}})
+    assert results["contrasts"]["gain"]["task/return"]["mean"] == pytest.approx(2.0)
+    assert "Arms against each other, every seed with itself: gain is +a -b." in report
+    assert "| task | 2.00 |" in report
+    assert "Arms against" not in study(arms)[1]
 
 
 def test_a_reference_says_that_its_spread_is_over_episodes(study):
