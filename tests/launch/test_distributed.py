@@ -23,7 +23,7 @@ from callbacks.run_log import read_rows
 from components.coding.code_models import CategoricalVAE
 from components.coding.image_codec import ImageCodec
 from components.coding.vqvae import VQVAE
-from components.control.actor_objectives import AdvantageWeighted, ReparameterisedGradient
+from components.control.actor_objectives import AdvantageWeighted, BehaviourCloning, ReparameterisedGradient
 from components.control.actors import DeterministicActor, EntropyTemperature, GaussianActor
 from components.control.forward_backward import BackwardMap, ForwardMap, ZConditionedActor, sample_sphere
 from components.control.pessimism import DualPessimism, MinimumPessimism
@@ -48,8 +48,12 @@ OBJECTIVES = {
     "aw_softmax": partial(AdvantageWeighted, weighting="softmax"),
     "aw_iwis": partial(AdvantageWeighted, weighting="iwis"),
     "aw_iwis_not_renormalised": partial(AdvantageWeighted, weighting="iwis", renormalise=False),
+    "aw_softmax_mean": partial(AdvantageWeighted, weighting="softmax", over_batch="mean"),
+    "aw_exp": partial(AdvantageWeighted, weighting="exp", over_batch="mean", over_action="sum"),
+    "bc": BehaviourCloning,
     "td3": partial(ReparameterisedGradient, 0.5, 0.3),
     "td3bc": partial(ReparameterisedGradient, 0.5, 0.3, behaviour_cloning=1.0),
+    "td3bc_distance": partial(ReparameterisedGradient, 0.5, 0.3, behaviour_cloning=1.0, scaled="distance"),
 }
 REPRESENTATIONS = {
     "one_block": {"blocks": 1},

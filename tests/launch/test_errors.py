@@ -205,6 +205,7 @@ def test_results_that_others_are_made_of_stay(tmp_path):
         (["contrasts=3"], 1, ["contrasts=3: expected KEY: VALUE pairs"]),
         (["+contrasts.x=[1]"], 1, ["contrasts.x=[1]: expected ARM: WEIGHT pairs, as in {ARM: 1, OTHER: -1}."]),
         (["+contrasts.x={a: abc}"], 1, ["contrasts.x.a=abc: expected a number"]),
+        (["+contrasts.x={a: nan}"], 1, ["contrasts.x.a=nan: expected a finite number"]),
         (["training_curves=[1]"], 1, ["training_curves=[1]: expected a list, each of it a text"]),
         (["output_root=null"], 1, ["output_root=None: expected the path of a folder"]),
         (["output_root="], 1, ["output_root='': expected the path of a folder"]),
