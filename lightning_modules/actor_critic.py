@@ -20,6 +20,7 @@ from components.checks import Count, CountOrZero, LearningRate, Momentum, NonNeg
 from components.control.actor_objectives import Critic, Objective, ReparameterisedGradient
 from components.control.actors import Actor, ActorPolicy, EntropyTemperature
 from components.control.critics import BestOfPolicy, Critics, believed, critic_loss
+from components.control.novelty import RandomNetworkDistillation
 from components.control.pessimism import Pessimism, checked_value
 from components.control.state_value import StateValue
 from components.networks.diagnostics import correlation, effective_rank, jacobian_norm
@@ -44,12 +45,14 @@ class ActorCritic(LearningMethod):
         objective: the actor's loss, see `components.control.actor_objectives`.
         value: makes a state value that critics bootstrap from instead of the actor's actions, called with F; None for
             none.
+        intrinsic_reward: makes rewards that are learned from in place of the environment's, called with O; None for
+            none.
         temperature: makes the temperature of the entropy bonus, called with `action_dim`; None for no bonus.
         members: P.
         quantiles: M, of the return's distribution; 1 for its mean.
         discount: for one environment step.
         critic_learning_rate, encoder_learning_rate, actor_learning_rate, temperature_learning_rate,
-            pessimism_learning_rate, value_learning_rate: Adam's.
+            pessimism_learning_rate, value_learning_rate, intrinsic_learning_rate: Adam's.
         critic_loss_weight: of the critics' loss, which has half of the squared errors: 1 for SAC, 2 for DrQ-v2.
         temperature_momentum: Adam's first decay rate for the temperature; that of a learned pessimism is 0.5.
         target_rate: Polyak rate of the target networks.
@@ -78,6 +81,7 @@ class ActorCritic(LearningMethod):
         pessimism: Pessimism,
         objective: Objective = ReparameterisedGradient(),  # noqa: B008 - it is never changed
         value: Callable[[int], StateValue] | None = None,
+        intrinsic_reward: Callable[[Sequence[int]], RandomNetworkDistillation] | None = None,
         encoder: Callable[..., Encoder] = FlatObservations,
         trunk: Callable[[int], nn.Module] | None = None,
         temperature: Callable[..., EntropyTemperature] | None = None,
@@ -91,6 +95,7 @@ class ActorCritic(LearningMethod):
         temperature_momentum: Momentum = 0.9,
         pessimism_learning_rate: LearningRate = 1e-4,
         value_learning_rate: LearningRate = 3e-4,
+        intrinsic_learning_rate: LearningRate = 3e-4,
         critic_loss_weight: NonNegative = 1.0,
         target_rate: Share = 0.005,
         actor_every: Count = 1,
@@ -110,6 +115,7 @@ class ActorCritic(LearningMethod):
         self.pessimism = pessimism
         self.objective = objective
         self.value = None if value is None else value(self.encoder.features)
+        self.intrinsic_reward = None if intrinsic_reward is None else intrinsic_reward(observation_shape)
         self.temperature = None if temperature is None else temperature(action_dim)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False) if target_actor else None
@@ -140,6 +146,9 @@ class ActorCritic(LearningMethod):
                 self.temperature.parameters(), temperature_learning_rate, temperature_momentum
             )
         self.value_optimizer = None if self.value is None else adam(self.value.parameters(), value_learning_rate)
+        if self.intrinsic_reward is not None:
+            predictor = self.intrinsic_reward.predictor.parameters()
+            self.intrinsic_optimizer = adam(predictor, intrinsic_learning_rate)
         learned = [parameter for parameter in pessimism.parameters() if parameter.requires_grad]
         if learned and members == 1:
             raise ValueError("members=1: expected at least 2, or there is no disagreement to learn a penalty of.")
@@ -184,11 +193,14 @@ class ActorCritic(LearningMethod):
         metrics: dict[str, Tensor] = {}
         advantage = None
         if critic:
+            if self.intrinsic_reward is not None:
+                batch, metrics = self._rewarded(batch)
             features = self.encoder(batch["observation"])
             if self.value is None:
                 target = self.target(batch)
             else:
-                target, advantage, metrics = self._learn_value(batch, features.detach())
+                target, advantage, value_metrics = self._learn_value(batch, features.detach())
+                metrics |= value_metrics
             loss, errors, critic_metrics = self.critic_loss(features, batch["action"], target)
             metrics |= critic_metrics
             auxiliary = self.encoder.loss(batch["observation"], features)
@@ -236,6 +248,13 @@ class ActorCritic(LearningMethod):
         steps = batch.get("steps_to_next_obs", None)
         discount = self.discount if steps is None else self.discount**steps
         return batch["next", "reward"] + discount * (1.0 - batch["next", "terminated"].float()) * value
+
+    def _rewarded(self, batch: TensorDict) -> tuple[TensorDict, dict[str, Tensor]]:
+        """The transitions with rewards of the agent's own, which learns from them what is no longer new."""
+        errors = self.intrinsic_reward.errors(batch["next", "observation"])
+        reward = self.intrinsic_reward.rewards(errors)
+        self.minimise(errors.mean(), self.intrinsic_optimizer)
+        return batch.clone(False).set(("next", "reward"), reward), {"intrinsic_reward": reward.mean()}
 
     def _learn_value(self, batch: TensorDict, features: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """A step of the state value; the critics' target, and the advantages [B] of the data's actions before it."""
