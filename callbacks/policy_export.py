@@ -9,7 +9,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save_file
 
-from components.checks import Count, checked
+from components.checks import Count, Seed, checked
 from components.files import locking, read_json, replacing
 from launch.files import write_json
 from launch.provenance import provenance
@@ -29,7 +29,7 @@ class PolicyExport(L.Callback):
         seed: of the run.
     """
 
-    def __init__(self, folder: str | Path, name: str, stages: Mapping[str, Count], seed: int) -> None:
+    def __init__(self, folder: str | Path, name: str, stages: Mapping[str, Count], seed: Seed) -> None:
         self.folder = Path(folder)
         self.name = name
         self.stages = {updates: stage for stage, updates in stages.items()}

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
+from torch import Tensor
 
 from components.distributed import rank
+from components.priority_tree import PriorityTree
 
 
 def batch_generator(seed: int, update: int) -> torch.Generator:
@@ -60,14 +62,80 @@ class UniformBatches:
         return max(0, self.stop - self.start) // self.updates_per_step
 
     def __iter__(self) -> Iterator[TensorDict]:
-        count, device = self.data.batch_size[0], self.data.device
         shape = (self.updates_per_step, self.batch_size)
         for update in range(self.start, self.stop, self.updates_per_step):
             generator = batch_generator(self.seed, update)
-            index = torch.randint(count, shape, generator=generator)
-            if device is not None and device.type == "cuda":
-                index = index.pin_memory().to(device, non_blocking=True)
-            yield self.data[index]
+            index = torch.randint(self.data.batch_size[0], shape, generator=generator)
+            yield self.data[_sent(index, self.data.device)]
+
+
+@dataclass
+class PrioritisedBatches:
+    """Yields stacks of batches that are drawn one by one, each with the priorities that there are by then.
+
+    Draws are stratified: of B rows, the j-th lies in the j-th of B parts of equal probability.
+
+    Attributes:
+        tree: of as many rows as the data, on their device.
+        prioritised: ``batch`` or ``beside``, see `LearningMethod`.
+        refresh: called before each draw.
+        data, batch_size, updates_per_step, start, stop, seed: see `UniformBatches`.
+    """
+
+    tree: PriorityTree
+    prioritised: str
+    refresh: Callable[[], None]
+    data: TensorDict
+    batch_size: int
+    updates_per_step: int
+    start: int
+    stop: int
+    seed: int
+
+    def __len__(self) -> int:
+        return max(0, self.stop - self.start) // self.updates_per_step
+
+    def __iter__(self) -> Iterator["DrawnInTurn"]:
+        for update in range(self.start, self.stop, self.updates_per_step):
+            yield DrawnInTurn(self._draw, update, self.updates_per_step)
+
+    def _draw(self, update: int) -> TensorDict:
+        self.refresh()
+        generator, size = batch_generator(self.seed, update), self.batch_size
+        offset = torch.rand(size, generator=generator, dtype=torch.float64)
+        share = (torch.arange(size, dtype=torch.float64) + offset) / size
+        index, log_probability = self.tree.draw(_sent(share, self.data.device))
+        drawn = self.data[index]
+        drawn["index"], drawn["log_probability"] = index, log_probability.float().unsqueeze(-1)
+        if self.prioritised == "batch":
+            return drawn
+        uniform = _sent(torch.randint(self.data.batch_size[0], (size,), generator=generator), self.data.device)
+        batch = self.data[uniform]
+        batch["index"], batch["prioritised"] = uniform, drawn
+        return batch
+
+
+@dataclass
+class DrawnInTurn:
+    """A stack of batches of which each is drawn when it is asked for: the updates before it change what is drawn."""
+
+    draw: Callable[[int], TensorDict]
+    first: int
+    count: int
+
+    @property
+    def shape(self) -> tuple[int]:
+        return (self.count,)
+
+    def __getitem__(self, index: int) -> TensorDict:
+        return self.draw(self.first + index)
+
+
+def _sent(drawn: Tensor, device: torch.device | None) -> Tensor:
+    """To where the data are, without waiting for it."""
+    if device is not None and device.type == "cuda":
+        return drawn.pin_memory().to(device, non_blocking=True)
+    return drawn
 
 
 class EvaluationTasks:

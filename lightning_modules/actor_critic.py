@@ -17,7 +17,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
 from components.checks import Count, CountOrZero, LearningRate, Momentum, NonNegative, Positive, Share, Size, checked
-from components.control.actor_objectives import Critic, Objective, ReparameterisedGradient
+from components.control.actor_objectives import AdvantageSampled, Critic, Objective, ReparameterisedGradient
 from components.control.actors import Actor, ActorPolicy, EntropyTemperature
 from components.control.critics import BestOfPolicy, Critics, believed, critic_loss
 from components.control.novelty import RandomNetworkDistillation
@@ -114,6 +114,7 @@ class ActorCritic(LearningMethod):
         self.actor = actor(self.encoder.features, action_dim, **({} if trunk is None else {"trunk": trunk}))
         self.pessimism = pessimism
         self.objective = objective
+        self.prioritised = "beside" if isinstance(objective, AdvantageSampled) else None
         self.value = None if value is None else value(self.encoder.features)
         self.intrinsic_reward = None if intrinsic_reward is None else intrinsic_reward(observation_shape)
         self.temperature = None if temperature is None else temperature(action_dim)
@@ -187,7 +188,8 @@ class ActorCritic(LearningMethod):
         Args:
             batch: [B] with observation [B, O], action [B, A], and next observation, reward [B, 1], terminated [B, 1];
                 for n-step returns `reward` is their sum and `steps_to_next_obs` [B, 1] says n. With a next action
-                [B, A] the critics learn its value (SARSA) instead of the actor's.
+                [B, A] the critics learn its value (SARSA) instead of the actor's. With `prioritised` [B] the actor
+                learns from those.
             critic, actor, pessimism, targets: which parts are due, see `schedule`; pessimism only with the critics.
         """
         metrics: dict[str, Tensor] = {}
@@ -217,8 +219,19 @@ class ActorCritic(LearningMethod):
         else:
             with torch.no_grad(), evaluating(self.encoder):
                 features = self.encoder(batch["observation"])
+        drawn = batch.get("prioritised", None)
+        if drawn is None and self.prioritised is not None:
+            raise ValueError(
+                "module.objective: expected a datamodule that draws by priorities, such as datamodule=offline, found "
+                "one that does not."
+            )
         if actor:
-            loss, actor_metrics = self.actor_loss(features.detach(), batch["action"], advantage)
+            if drawn is None:
+                loss, actor_metrics = self.actor_loss(features.detach(), batch["action"], advantage)
+            else:
+                with torch.no_grad():
+                    features = self.encoder(drawn["observation"])
+                loss, actor_metrics = self.actor_loss(features, drawn["action"])
             self.minimise(loss, self.actor_optimizer, self.actor_max_norm)
             metrics |= {"actor_loss": loss.detach(), **actor_metrics}
             if self.temperature is not None:
@@ -226,6 +239,11 @@ class ActorCritic(LearningMethod):
                 metrics["temperature"] = self.temperature()
         if targets:
             self.update_targets()
+        if drawn is not None:
+            asked = ("index", "observation", "action")
+            rows = torch.cat([drawn.select(*asked), batch.select(*asked)])
+            metrics["priorities"], priority_metrics = self._prioritise(rows)
+            metrics |= priority_metrics
         return TensorDict(metrics)
 
     @torch.no_grad()
@@ -287,17 +305,28 @@ class ActorCritic(LearningMethod):
         Where the agent has a temperature, the metrics have the policy's entropy.
         """
         policy, weight = self.actor(features), None if self.temperature is None else self.temperature()
-        critic = Critic(
-            lambda each: self.critic(features, each).mean(-1),
-            lambda each: believed(self.critic, self.pessimism, self.members, features, each),
-            advantage,
-            weight,
-        )
-        loss, metrics = self.objective(policy, action, critic)
+        loss, metrics = self.objective(policy, action, self._critic_at(features, advantage, weight))
         if weight is not None and "entropy" not in metrics:
             with torch.no_grad():
                 metrics["entropy"] = -policy.sample_with_log_prob()[1].mean()
         return loss, metrics
+
+    def _critic_at(self, features: Tensor, advantage: Tensor | None, entropy_weight: Tensor | None = None) -> Critic:
+        """What objectives may ask about actions at these states [B, F]."""
+        return Critic(
+            lambda each: self.critic(features, each).mean(-1),
+            lambda each: believed(self.critic, self.pessimism, self.members, features, each),
+            advantage,
+            entropy_weight,
+        )
+
+    @torch.no_grad()
+    def _prioritise(self, batch: TensorDict) -> tuple[TensorDict, dict[str, Tensor]]:
+        """How likely rows [B] are to be drawn from now on."""
+        features, action = self.encoder(batch["observation"]), batch["action"]
+        advantage = None if self.value is None else self.advantages(features, action)
+        logit, metrics = self.objective.logits(self.actor(features), action, self._critic_at(features, advantage))
+        return TensorDict({"index": batch["index"], "logit": logit}, batch_size=batch.batch_size), metrics
 
     def update_targets(self) -> None:
         polyak_update(self.target_critic.parameters(), self.critic.parameters(), self.target_rate)

@@ -85,6 +85,7 @@ class LearningMethod(L.LightningModule, ABC):
         self._compiled_updates: dict[tuple[tuple[str, bool], ...], Any] = {}
         self._tallies: dict[tuple[str, ...], tuple[Tensor, int]] = {}  # sums and count of metrics that come together
         self.scores: dict[str, list[float]] = {}
+        self._priorities: TensorDict | None = None
         self._clock: float | None = None
         self._began = 0  # the number of updates when this program took over
         self._process_states: list[dict[str, Any]] | None = None
@@ -93,7 +94,11 @@ class LearningMethod(L.LightningModule, ABC):
 
     @abstractmethod
     def update(self, batch: TensorDict, **due: bool) -> TensorDict:
-        """One update from one batch [N], with the parts that `schedule` says are due; scalar metrics on the device."""
+        """One update from one batch [N], with the parts that `schedule` says are due; scalar metrics on the device.
+
+        A method that says which rows are to be drawn, see `prioritised`, adds `priorities`: their `index` [B] and
+        `logit` [B].
+        """
 
     def schedule(self) -> dict[str, bool]:
         """Which parts of the next update are due, by name, for methods that make some of their steps more rarely."""
@@ -217,6 +222,16 @@ class LearningMethod(L.LightningModule, ABC):
                 self._compiled_updates[key] = CudaGraphModule(self._compiled_updates[key])
         return self._compiled_updates[key](batch)
 
+    prioritised: str | None = None
+    """What datamodules draw by the priorities that `update` gives: with probabilities exp(logit) over their sum, all at
+    first alike. ``batch`` for its batches; ``beside`` for as many rows more, which batches bring as `prioritised`. Both
+    have `index` [B], and rows that were drawn by priorities their `log_probability` [B, 1]. None for nothing."""
+
+    def take_priorities(self) -> tuple[Tensor, Tensor] | None:
+        """Indices [B] and logits [B] that the last update gave, once; None where there are none."""
+        taken, self._priorities = self._priorities, None
+        return None if taken is None else (taken["index"], taken["logit"])
+
     # -- the Lightning step -----------------------------------------------------------------------------------------
 
     def training_step(self, batch: TensorDict, batch_idx: int) -> None:
@@ -224,6 +239,8 @@ class LearningMethod(L.LightningModule, ABC):
         self._anneal()
         for index in range(self.updates_per_step):
             metrics = self.run_update(batch[index])
+            if self.prioritised is not None:
+                self._priorities, metrics = metrics["priorities"], metrics.exclude("priorities")
             if self.updates == self._began:
                 self._check_metrics(metrics)
             self.tally(tuple(metrics.keys()), torch.stack([value.detach().float() for value in metrics.values()]), 1)

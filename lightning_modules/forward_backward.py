@@ -15,7 +15,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
 from components.checks import Count, LearningRate, NonNegative, Number, Positive, Share, Size, checked, vector_size
-from components.control.actor_objectives import Critic, Objective
+from components.control.actor_objectives import AdvantageSampled, Critic, Objective
 from components.control.forward_backward import (
     BackwardMap,
     ForwardMap,
@@ -124,6 +124,11 @@ class ForwardBackward(LearningMethod):
         for target in (self.target_forward_map, self.target_backward_map):
             target.requires_grad_(False)
         self.actor = actor(observation_dim=observation_dim, action_dim=action_dim, features=features)
+        if isinstance(objective, AdvantageSampled):
+            raise ValueError(
+                "module.objective: expected one that needs no priorities, for each of many tasks would have others, "
+                "found AdvantageSampled."
+            )
         self.objective = objective
         self.latent_sampler = MixedLatentSampler(goal_probability)
         self.normaliser = (

@@ -52,9 +52,38 @@ REDUCTIONS = {"mean": lambda x, size: x / size, "sum": lambda x, size: x}
 """Over the coordinates of an action, of what is a sum over so many."""
 
 
+ADVANTAGES = ("policy", "state")
+
+
 def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise ValueError(f"Unknown {name}={value!r}: expected one of {', '.join(known)}.")
+
+
+def advantages(
+    policy: Policy,
+    action: Tensor,
+    critic: Critic,
+    over: str,
+    samples: int,
+    pessimism: float | None,
+    data_pessimism: float | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Those of the data's actions, [N], and metrics; see `AdvantageWeighted` for what they are over."""
+    if over == "state":
+        if critic.advantage is None:
+            raise ValueError(
+                "module.objective.advantage=state: expected an agent that learns a state value, as with "
+                "module/value=expectile, found none."
+            )
+        return critic.advantage, {}
+    sampled = policy.sample((samples,))
+    if pessimism is None or data_pessimism is None:
+        value = critic.value(sampled, pessimism).mean(0)
+        return critic.value(action, data_pessimism) - value, {"actor_value": value.mean()}
+    values = critic.values(torch.cat([sampled, action.unsqueeze(0)]))  # [P, S + 1, N]
+    value = pessimistic_mean(values[:, :-1], pessimism).mean(0)
+    return pessimistic_mean(values[:, -1], data_pessimism) - value, {"actor_value": value.mean()}
 
 
 @buildable()
@@ -154,13 +183,15 @@ class AdvantageWeighted:
 
     def __post_init__(self) -> None:
         _check_choice("weighting", self.weighting, MODES)
-        _check_choice("advantage", self.advantage, ("policy", "state"))
+        _check_choice("advantage", self.advantage, ADVANTAGES)
         _check_choice("over_batch", self.over_batch, tuple(REDUCTIONS))
         _check_choice("over_action", self.over_action, tuple(REDUCTIONS))
 
     def __call__(self, policy: Policy, action: Tensor, critic: Critic) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
-            advantage, metrics = self._advantage(policy, action, critic)
+            advantage, metrics = advantages(
+                policy, action, critic, self.advantage, self.value_samples, self.pessimism, self.data_pessimism
+            )
             metrics |= {"advantage": advantage.mean(), "advantage_std": advantage.std()}
             if self.max_advantage is not None:
                 advantage = advantage.clamp(max=self.max_advantage)
@@ -174,22 +205,6 @@ class AdvantageWeighted:
         log_prob = REDUCTIONS[self.over_action](policy.log_prob(action), action.shape[-1])
         metrics["behaviour_distance"] = (policy.mean.detach() - action).square().mean()
         return -REDUCTIONS[self.over_batch]((own_weights * log_prob).sum(), len(weights)), metrics
-
-    def _advantage(self, policy: Policy, action: Tensor, critic: Critic) -> tuple[Tensor, dict[str, Tensor]]:
-        if self.advantage == "state":
-            if critic.advantage is None:
-                raise ValueError(
-                    "module.objective.advantage=state: expected an agent that learns a state value, as with "
-                    "module/value=expectile, found none."
-                )
-            return critic.advantage, {}
-        samples = policy.sample((self.value_samples,))
-        if self.pessimism is None or self.data_pessimism is None:
-            value = critic.value(samples, self.pessimism).mean(0)
-            return critic.value(action, self.data_pessimism) - value, {"actor_value": value.mean()}
-        values = critic.values(torch.cat([samples, action.unsqueeze(0)]))  # [P, S + 1, N]
-        value = pessimistic_mean(values[:, :-1], self.pessimism).mean(0)
-        return pessimistic_mean(values[:, -1], self.data_pessimism) - value, {"actor_value": value.mean()}
 
 
 @buildable()
@@ -210,3 +225,41 @@ class BehaviourCloning:
     def __call__(self, policy: Policy, action: Tensor, critic: Critic) -> tuple[Tensor, dict[str, Tensor]]:
         log_prob = REDUCTIONS[self.over_action](policy.log_prob(action), action.shape[-1])
         return -log_prob.mean(), {"behaviour_distance": (policy.mean.detach() - action).square().mean()}
+
+
+@buildable()
+@checked
+@dataclass
+class AdvantageSampled:
+    """Imitate actions of the data that are drawn the more often the greater their advantage (ASAC, arXiv 2403.13097).
+
+    As advantage-weighted regression with softmax weights over all of the data, of which those over a batch are a biased
+    estimate. The rows to imitate are drawn beside the critics' batch with probabilities exp(logit) over their sum; the
+    logits are 0 at first, and of the rows of both batches anew in each update.
+
+    Args:
+        temperature: the logits are the advantage over it.
+        advantage, value_samples, pessimism, data_pessimism, over_action: see `AdvantageWeighted`.
+    """
+
+    temperature: Positive = 1.0
+    advantage: str = "policy"
+    value_samples: Size = 1
+    pessimism: Number | None = 0.5
+    data_pessimism: Number | None = 0.0
+    over_action: str = "mean"
+
+    def __post_init__(self) -> None:
+        _check_choice("advantage", self.advantage, ADVANTAGES)
+        _check_choice("over_action", self.over_action, tuple(REDUCTIONS))
+
+    def __call__(self, policy: Policy, action: Tensor, critic: Critic) -> tuple[Tensor, dict[str, Tensor]]:
+        return BehaviourCloning(self.over_action)(policy, action, critic)
+
+    @torch.no_grad()
+    def logits(self, policy: Policy, action: Tensor, critic: Critic) -> tuple[Tensor, dict[str, Tensor]]:
+        """How likely the data's actions are to be drawn, [N], and metrics."""
+        advantage, metrics = advantages(
+            policy, action, critic, self.advantage, self.value_samples, self.pessimism, self.data_pessimism
+        )
+        return advantage / self.temperature, metrics | {"advantage": advantage.mean(), "advantage_std": advantage.std()}

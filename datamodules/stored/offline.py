@@ -12,12 +12,13 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from components.checks import Count, CountOrZero, checked, vector_size
-from components.distributed import rank, world_size
+from components.distributed import gather_rows, rank, world_size
+from components.priority_tree import PriorityTree
 from components.wording import counted
 from datamodules.environment import EnvironmentDataModule, named_rewards
 from datamodules.environments.measured import MeasuredEnv
 from datamodules.evaluation import TransitionsTask
-from datamodules.sampling import FixedTasks, UniformBatches
+from datamodules.sampling import FixedTasks, PrioritisedBatches, UniformBatches
 from datamodules.stored.transitions import TransitionDataset
 
 _CHUNK = 65536
@@ -45,7 +46,7 @@ class OfflineDataModule(EnvironmentDataModule):
         settings: further arguments of `EnvironmentDataModule`.
     """
 
-    state_structure: ClassVar = {"data": dict}
+    state_structure: ClassVar = {"data": dict, "priorities": (None, {str: Tensor})}
 
     def __init__(
         self,
@@ -77,6 +78,8 @@ class OfflineDataModule(EnvironmentDataModule):
         self.on_device = on_device
         self.dataset: TransitionDataset | None = None
         self._train_data: TensorDict | None = None
+        self._priorities: PriorityTree | None = None
+        self._loaded_priorities: dict[str, Tensor] | None = None
         self._inference_cache: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
 
     # -- Lightning ----------------------------------------------------------------------------------------------------
@@ -129,14 +132,14 @@ class OfflineDataModule(EnvironmentDataModule):
         dataset = self._load()
         return {"observation_shape": [dataset.observation_dim], "action_dim": dataset.action_dim}
 
-    def train_dataloader(self) -> UniformBatches:
+    def train_dataloader(self) -> UniformBatches | PrioritisedBatches:
         assert self.dataset is not None
         assert self.trainer is not None
         module = self.trainer.lightning_module
         if self._train_data is None:
             data = self.dataset.data.select(*_LEARNED_FROM)
             self._train_data = data.to(module.device if self.on_device else "cpu")
-        return UniformBatches(
+        how = (
             self._train_data,
             self.share(self.batch_size, world_size()),
             self.updates_per_step,
@@ -144,13 +147,32 @@ class OfflineDataModule(EnvironmentDataModule):
             self.next_evaluation(module.updates, module.total_updates),
             self.seed,
         )
+        if module.prioritised is None:
+            return UniformBatches(*how)
+        if self._priorities is None:
+            self._priorities = PriorityTree(len(self._train_data), self._train_data.device)
+            if self._loaded_priorities is not None:
+                self._priorities.check(self._loaded_priorities)
+                self._priorities.load_state_dict(self._loaded_priorities)
+        return PrioritisedBatches(self._priorities, module.prioritised, self._refresh, *how)
+
+    def _refresh(self) -> None:
+        """Take the priorities that the last update gave. Processes share the data, and so these."""
+        assert self.trainer is not None
+        assert self._priorities is not None
+        given = self.trainer.lightning_module.take_priorities()
+        if given is not None:
+            self._priorities.change(*map(gather_rows, given))
 
     def state_dict(self) -> dict[str, Any]:
         assert self.dataset is not None
-        return {"data": self._fingerprint()}
+        if self._priorities is None:
+            return {"data": self._fingerprint(), "priorities": None}
+        self._refresh()
+        return {"data": self._fingerprint(), "priorities": self._priorities.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to go on with other data than the run began with."""
+        """Take the priorities of rows; refuse to go on with other data than the run began with."""
         assert self.dataset is not None
         both = (state_dict["data"], self._fingerprint())
         found, own = (json.dumps(each, sort_keys=True, default=str) for each in both)
@@ -158,6 +180,7 @@ class OfflineDataModule(EnvironmentDataModule):
             raise ValueError(
                 "datamodule.dataset: expected the data that the checkpoint's run was trained on, found others."
             )
+        self._loaded_priorities = state_dict["priorities"]
 
     def _fingerprint(self) -> dict[str, Any]:
         """What tells data apart: the checksums of stored files, the recipe of data that are made anew each time."""

@@ -26,6 +26,7 @@ from components.coding.vqvae import VQVAE
 from components.control.actor_objectives import AdvantageWeighted, BehaviourCloning, ReparameterisedGradient
 from components.control.actors import DeterministicActor, EntropyTemperature, GaussianActor
 from components.control.forward_backward import BackwardMap, ForwardMap, ZConditionedActor, sample_sphere
+from components.control.novelty import RandomNetworkDistillation
 from components.control.pessimism import DualPessimism, MinimumPessimism
 from components.control.policies import ClippedGaussianPolicy, TanhGaussianPolicy
 from components.distributed import rank, world_size
@@ -34,6 +35,9 @@ from components.networks.classifiers import ResNet, SmallConvNet
 from components.networks.encoders import FeatureTrunk, PixelEncoder
 from components.networks.ensemble import EnsembleMLP, EnsembleResidualMLP
 from components.networks.signal_mixing import SignalMixing
+from components.priority_tree import PriorityTree
+from datamodules.stored.offline import OfflineDataModule
+from datamodules.stored.swirl import swirl_dataset
 from launch.checkpoints import load_checkpoint
 from lightning_modules.actor_critic import ActorCritic
 from lightning_modules.class_incremental import ClassIncremental
@@ -135,6 +139,8 @@ def gradients() -> dict[str, list[torch.Tensor]]:
     for quantiles in (1, 5):
         for part, gradient in actor_critic_gradients(batch, quantiles).items():
             found[f"actor-critic {part}, {quantiles}"] = gradient
+    found["novelty"] = novelty_gradients(observation)
+    found["priorities"] = priorities(torch.arange(ROWS)[share], action[:, 0])
     pictures = torch.randint(256, (2, ROWS, 3, 20, 20), generator=generator, dtype=torch.uint8)[:, share]
     batch["observation"], batch["next", "observation"] = pictures
     found["pixels"] = pixel_gradients(batch)
@@ -152,6 +158,34 @@ def gradients() -> dict[str, list[torch.Tensor]]:
     found["expert, sharded"] = expert_gradients(tokens, rewards, "none", sharded=True)
     found["code model"] = code_model_gradients(torch.randint(6, (ROWS, 4), generator=generator)[share])
     return found
+
+
+def novelty_gradients(observation: torch.Tensor) -> list[torch.Tensor]:
+    """And the rewards' scale, after two batches."""
+    torch.manual_seed(3)
+    agent = ActorCritic(
+        [5],
+        2,
+        critic=partial(EnsembleMLP, hidden_dim=16),
+        actor=partial(GaussianActor, network=partial(EnsembleMLP, hidden_dim=16)),
+        pessimism=MinimumPessimism(),
+        intrinsic_reward=partial(RandomNetworkDistillation, features=8, hidden_dim=16),
+        updates=1,
+    )
+    novelty = agent.intrinsic_reward
+    for scale in (1.0, 2.0):
+        novelty.rewards(scale * novelty.errors(observation))
+    gradient = minimised(agent, novelty.errors(observation).mean(), agent.intrinsic_optimizer)
+    return [*gradient, novelty.mean.clone(), novelty.squares.clone()]
+
+
+def priorities(index: torch.Tensor, logit: torch.Tensor) -> list[torch.Tensor]:
+    """Of shared data, after a method gave those of its own share of the rows."""
+    data = OfflineDataModule(partial(swirl_dataset, 1), None, {}, batch_size=8, updates_per_step=1, evaluate_every=1)
+    data._priorities = PriorityTree(ROWS)
+    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(take_priorities=lambda: (index, logit)))
+    data._refresh()
+    return [data._priorities.logits]
 
 
 def code_model_gradients(codes: torch.Tensor) -> list[torch.Tensor]:
@@ -331,6 +365,8 @@ def minimised(agent, loss, optimizer) -> list[torch.Tensor]:
 
 
 CASES = [
+    "novelty",
+    "priorities",
     *REPRESENTATIONS,
     *(f"{o}, {r}" for o in OBJECTIVES for r in ("one_block", "four_blocks")),
     "pixels",

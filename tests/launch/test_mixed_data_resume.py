@@ -1,4 +1,4 @@
-"""Offline learning from chosen episodes, with a state value: stop at any update, and go on exactly."""
+"""Offline learning from chosen episodes, with a state value and priorities: stop at any update, and go on exactly."""
 
 from launch.checkpoints import load_checkpoint
 
@@ -6,6 +6,8 @@ SMALL = (
     "experiment=mood_swirl",
     *(f"~arms.{arm}" for arm in ("narrow_same", "wide_same", "wide_mixed")),
     "module=iql",
+    "module/objective=asac",
+    "module.objective.advantage=state",
     "num_seeds=1",
     "module.critic.hidden_dim=8",
     "module.value.network.hidden_dim=8",
@@ -28,6 +30,7 @@ def test_killed_run_goes_on_bit_for_bit(assert_same_runs, program, run_and_kill,
     folder = run_and_kill(*SMALL, root=tmp_path / "killed", arm="narrow_mixed", updates=120)
     saved = load_checkpoint(folder / "narrow_mixed" / "seed_0" / "checkpoints" / "last.ckpt")
     assert 100 <= saved["learning_method"]["updates"] < 400
+    assert (saved["OfflineDataModule"]["priorities"]["level_0"] != 0).sum() > 300
     refused = program("experiment=mood_swirl", f"ckpt_path={folder}", "datamodule.max_episodes=21")
     assert refused.code == 1
     assert "datamodule.dataset: expected the data that the checkpoint's run was trained on" in refused.err

@@ -10,7 +10,12 @@ from torchrl.data import Bounded
 from torchrl.modules import IndependentNormal, TanhNormal
 from torchrl.objectives import IQLLoss, SACLoss, TD3BCLoss, TD3Loss, ValueEstimators
 
-from components.control.actor_objectives import AdvantageWeighted, ReparameterisedGradient
+from components.control.actor_objectives import (
+    AdvantageSampled,
+    AdvantageWeighted,
+    BehaviourCloning,
+    ReparameterisedGradient,
+)
 from components.control.actors import (
     ClippedGaussianActor,
     DeterministicActor,
@@ -511,3 +516,55 @@ def test_policies():
     valued = made.valued_policy()(seen.clone())
     expected = made.actor(seen["observation"]).log_prob(valued["action"])
     torch.testing.assert_close(valued["action_log_prob"], expected, rtol=1e-3, atol=1e-3)
+
+
+# -- priorities ---------------------------------------------------------------------------------------------------
+
+
+def sampled(**settings) -> ActorCritic:
+    actor = partial(ClippedGaussianActor, network=NETWORK)
+    return agent(actor=actor, temperature=None, **{"objective": AdvantageSampled(0.3), **settings})
+
+
+def with_priorities(batch: TensorDict, drawn: TensorDict) -> TensorDict:
+    drawn["index"], batch["index"] = torch.arange(100, 100 + len(drawn)), torch.arange(len(batch))
+    batch["prioritised"] = drawn
+    return batch
+
+
+def test_the_actor_clones_drawn_actions_and_all_rows_get_new_priorities(transitions):
+    """Critics learn from the batch, the actor from the rows beside it; then logits are advantages over temperature."""
+    made, cloning = sampled(value_learning_rate=1e-2), sampled(objective=BehaviourCloning())
+    drawn = transitions(32, seed=1)
+    batch = with_priorities(transitions(32), drawn)
+    torch.manual_seed(1)
+    metrics = made.update(batch)
+    torch.manual_seed(1)
+    cloning.update(transitions(32), actor=False)
+    loss, _ = cloning.actor_loss(drawn["observation"], drawn["action"])
+    cloning.minimise(loss, cloning.actor_optimizer)
+    for name in ("critic", "actor"):
+        torch.testing.assert_close(getattr(made, name).state_dict(), getattr(cloning, name).state_dict())
+    rows = torch.cat([drawn, batch.exclude("prioritised")])
+    q = made.critic(rows["observation"], rows["action"]).mean(-1)
+    value = made.critic(rows["observation"], made.actor(rows["observation"]).mean).mean(-1).min(0).values
+    assert metrics["priorities", "index"].tolist() == [*range(100, 132), *range(32)]
+    logit = metrics["priorities", "logit"]
+    # the policy's value is that of one action with noise, which is drawn here again with almost none
+    made.actor.std = 1e-6
+    again = made._prioritise(rows)[0]["logit"]
+    torch.testing.assert_close(again, (q.mean(0) - value).detach() / 0.3, rtol=1e-3, atol=1e-3)
+    assert logit.shape == again.shape
+    assert (logit - again).abs().mean() < 1
+
+
+def test_priorities_over_a_state_value_are_its_advantages(transitions):
+    made = sampled(value=partial(StateValue, network=NETWORK), objective=AdvantageSampled(0.5, advantage="state"))
+    drawn = transitions(16, seed=1)
+    logit = made.update(with_priorities(transitions(16), drawn))["priorities", "logit"]
+    torch.testing.assert_close(logit[:16], made.advantages(drawn["observation"], drawn["action"]).detach() / 0.5)
+
+
+def test_priorities_ask_for_a_datamodule_that_draws_by_them(transitions):
+    with pytest.raises(ValueError, match=r"module.objective: expected a datamodule that draws by priorities"):
+        sampled().update(transitions(8))

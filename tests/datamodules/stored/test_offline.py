@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from tensordict import TensorDict
 
 from datamodules.environments.batched_mujoco import BatchedMujocoEnv
 from datamodules.environments.overdrive import OverdriveEnv
@@ -15,6 +16,7 @@ from datamodules.stored.offline import OfflineDataModule
 from datamodules.stored.overdrive import overdrive_dataset
 from datamodules.stored.own_files import read_own
 from datamodules.stored.swirl import swirl_dataset
+from lightning_modules.base import LearningMethod
 
 
 def datamodule(environment=OverdriveEnv, seed: int = 0, **settings) -> OfflineDataModule:
@@ -196,3 +198,87 @@ def test_a_reward_needs_an_environment():
         OfflineDataModule(
             partial(swirl_dataset, 4), None, {}, reward="x", batch_size=8, updates_per_step=2, evaluate_every=4
         )
+
+
+# -- priorities ---------------------------------------------------------------------------------------------------
+
+
+class Replay(LearningMethod):
+    """Prioritised replay (arXiv 1511.05952): errors to a power, importance weights, and nothing that is learned."""
+
+    def __init__(self, prioritised: str, exponent: float = 0.6) -> None:
+        super().__init__(updates=40, updates_per_step=2)
+        self.prioritised, self.exponent = prioritised, exponent
+        self.drawn: list[TensorDict] = []
+        self.register_buffer("errors", torch.linspace(0.1, 5.0, 960, dtype=torch.float64))
+
+    def update(self, batch: TensorDict) -> TensorDict:
+        self.drawn.append(batch)
+        rows = batch if self.prioritised == "batch" else batch["prioritised"]
+        weight = 1 / (960 * rows["log_probability"].exp())
+        logit = self.exponent * self.errors[rows["index"]].log()
+        priorities = TensorDict({"index": rows["index"], "logit": logit}, batch_size=len(logit))
+        return TensorDict({"weight": weight.mean(), "priorities": priorities})
+
+    def evaluate(self, task):
+        raise NotImplementedError
+
+
+class Fit:
+    """What a trainer does with a method and a datamodule, as far as priorities go."""
+
+    def __init__(self, prioritised: str) -> None:
+        self.data, self.lightning_module, self.should_stop = made(batch_size=64), Replay(prioritised), False
+        self.data.trainer = self.lightning_module.trainer = self
+
+    def to(self, updates: int) -> "Fit":
+        while self.lightning_module.updates < updates:
+            for stack in self.data.train_dataloader():
+                self.lightning_module.training_step(stack, 0)
+        return self
+
+
+def test_rows_are_drawn_by_the_priorities_that_a_method_gave_the_update_before():
+    fit = Fit("batch").to(40)
+    method, expected = fit.lightning_module, torch.zeros(960, dtype=torch.float64)
+    for batch in method.drawn:
+        probabilities = expected.softmax(0)
+        torch.testing.assert_close(batch["log_probability"][:, 0], probabilities.log()[batch["index"]].float())
+        ends = probabilities.cumsum(0)[batch["index"]]
+        parts = torch.arange(64) / 64
+        assert (ends > parts - 1e-9).all()
+        assert (ends - probabilities[batch["index"]] < parts + 1 / 64 + 1e-9).all()
+        assert torch.equal(batch["observation"], fit.data.dataset.data["observation"][batch["index"]])
+        expected[batch["index"]] = 0.6 * method.errors[batch["index"]].log()
+    assert (expected != 0).float().mean() > 0.7
+    drawn = torch.cat([batch["index"] for batch in method.drawn[-10:]])
+    assert method.errors[drawn].mean() > 1.1 * method.errors.mean()
+
+
+def test_rows_beside_a_batch_are_drawn_by_priorities_and_the_batch_is_not():
+    method = Fit("beside").to(40).lightning_module
+    for batch in method.drawn:
+        assert batch.batch_size == batch["prioritised"].batch_size == (64,)
+        assert "log_probability" not in batch
+    uniform = torch.cat([batch["index"] for batch in method.drawn])
+    assert abs(method.errors[uniform].mean() / method.errors.mean() - 1) < 0.03
+    assert not torch.equal(method.drawn[0]["index"], method.drawn[1]["index"])
+
+
+def test_priorities_go_on_from_a_checkpoint_with_those_that_were_not_taken_yet():
+    whole = Fit("batch").to(8)
+    state = {
+        name: value if name == "data" else {key: each.clone() for key, each in value.items()}
+        for name, value in whole.data.state_dict().items()
+    }
+    resumed = Fit("batch")
+    resumed.lightning_module.updates = 8
+    resumed.data.load_state_dict(state)
+    for fit in (whole, resumed):
+        fit.to(16)
+    for one, other in zip(whole.lightning_module.drawn[8:], resumed.lightning_module.drawn, strict=True):
+        assert torch.equal(one["index"], other["index"])
+    wrong = Fit("batch")
+    wrong.data.load_state_dict({**state, "priorities": {"level_0": torch.zeros(3)}})
+    with pytest.raises(ValueError, match=r"priorities.level_0: expected numbers \[8, 128\], found others"):
+        wrong.data.train_dataloader()
