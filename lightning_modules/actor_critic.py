@@ -8,6 +8,7 @@ Dimensions: B batch, O observation (one or three dimensions), F features, A acti
 """
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -65,6 +66,9 @@ class ActorCritic(LearningMethod):
         target_actor: bootstrap from a Polyak average of the actor (TD3).
         evaluation_samples: actions drawn in each state of an evaluation, of which the one that the agent believes best
             is taken (arXiv 2403.13097); 1 is the actor's deterministic action. Several numbers are several evaluations.
+        actor_schedule: ``constant``, or ``cosine`` for an actor's learning rate that falls along one to zero.
+        critic_cloning: by how much targets are lowered for each unit of squared distance of the next action from the
+            data's (arXiv 2305.09836), summed over the action; None for nothing.
         actor_max_norm: the actor's gradient is clipped to this global norm; None leaves it.
         value_limit: stop the run when the mean Q of training batches exceeds this in size: the critics diverge.
     """
@@ -104,11 +108,15 @@ class ActorCritic(LearningMethod):
         policy_evaluation_updates: CountOrZero = 0,
         target_actor: bool = False,
         evaluation_samples: Sequence[Size] = (1,),
+        actor_schedule: str = "constant",
+        critic_cloning: NonNegative | None = None,
         actor_max_norm: Positive | None = None,
         value_limit: Positive = 1e6,
         **loop: Any,
     ) -> None:
         super().__init__(**loop)
+        if actor_schedule not in ("constant", "cosine"):
+            raise ValueError(f"Unknown actor_schedule={actor_schedule!r}: expected one of constant, cosine.")
         self.encoder = encoder(observation_shape)
         self.critic = Critics(self.encoder.features, action_dim, quantiles, members, critic, trunk)
         self.actor = actor(self.encoder.features, action_dim, **({} if trunk is None else {"trunk": trunk}))
@@ -130,6 +138,9 @@ class ActorCritic(LearningMethod):
         self.targets_every = targets_every
         self.policy_evaluation_updates = policy_evaluation_updates
         self.evaluation_samples = tuple(evaluation_samples)
+        self.actor_schedule = actor_schedule
+        self.critic_cloning = critic_cloning
+        self.next_data_actions = critic_cloning is not None
         self.actor_max_norm = actor_max_norm
         self.value_limit = value_limit
 
@@ -167,6 +178,17 @@ class ActorCritic(LearningMethod):
             if actor is not None:
                 actor.at(env_steps)
 
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.encoder.begin(self.trainer.datamodule)
+
+    def learning_rate_factors(self) -> list[float]:
+        factors = super().learning_rate_factors()
+        if self.actor_schedule == "cosine":
+            place = next(i for i, optimizer in enumerate(self._optimizers) if optimizer is self.actor_optimizer)
+            factors[place] *= 0.5 * (1 + math.cos(math.pi * self.updates / self.total_updates))
+        return factors
+
     def schedule(self) -> dict[str, bool]:
         """Actor, pessimism and targets are due with the last of every so many updates of the critics."""
         every = {
@@ -188,7 +210,8 @@ class ActorCritic(LearningMethod):
         Args:
             batch: [B] with observation [B, O], action [B, A], and next observation, reward [B, 1], terminated [B, 1];
                 for n-step returns `reward` is their sum and `steps_to_next_obs` [B, 1] says n. With a next action
-                [B, A] the critics learn its value (SARSA) instead of the actor's. With `prioritised` [B] the actor
+                [B, A] the critics learn its value (SARSA) instead of the actor's; `data_action` [B, A] beside it is
+                what `critic_cloning` asks for, NaN where the data have none. With `prioritised` [B] the actor
                 learns from those.
             critic, actor, pessimism, targets: which parts are due, see `schedule`; pessimism only with the critics.
         """
@@ -257,9 +280,21 @@ class ActorCritic(LearningMethod):
         else:
             next_action, log_prob = (self.target_actor or self.actor).bootstrap(features)
             bonus = -(self.alpha() * log_prob)[:, None]
+            if self.critic_cloning is not None:
+                bonus = bonus - self.critic_cloning * self._distance(batch, next_action)
         q = self.target_critic(features, next_action, self.pessimism.target_members(self.members, features.device))
         value = checked_value(self.pessimism, "target", self.pessimism.target(q), q.shape[1:]) + bonus
         return self._bootstrapped(batch, value)
+
+    def _distance(self, batch: TensorDict, next_action: Tensor) -> Tensor:
+        """Squared, of next actions from the data's, [B, 1]; 0 where an episode ends and the data have none."""
+        if ("next", "data_action") not in batch.keys(True):
+            raise ValueError(
+                f"module.critic_cloning={self.critic_cloning}: expected a datamodule that knows the data's next "
+                "actions, such as datamodule=offline, found one that does not."
+            )
+        squares = (next_action - batch["next", "data_action"]).square().sum(-1, keepdim=True)
+        return squares.nan_to_num(0.0)
 
     def _bootstrapped(self, batch: TensorDict, value: Tensor) -> Tensor:
         assert batch["next", "reward"].shape == (len(value), 1)  # or they would broadcast

@@ -227,6 +227,10 @@ class LearningMethod(L.LightningModule, ABC):
     first alike. ``batch`` for its batches; ``beside`` for as many rows more, which batches bring as `prioritised`. Both
     have `index` [B], and rows that were drawn by priorities their `log_probability` [B, 1]. None for nothing."""
 
+    next_data_actions: bool = False
+    """Whether batches are to hold the action that the data have next, as `("next", "data_action")` [B, A], NaN where an
+    episode ends."""
+
     def take_priorities(self) -> tuple[Tensor, Tensor] | None:
         """Indices [B] and logits [B] that the last update gave, once; None where there are none."""
         taken, self._priorities = self._priorities, None

@@ -50,6 +50,9 @@ class Encoder(nn.Module, ABC):
         """What an optimiser is told of the parameters."""
         return [{"params": list(self.parameters()), "lr": learning_rate}]
 
+    def begin(self, data: Any) -> None:
+        """Called with the datamodule before training begins or goes on."""
+
     def stepped(self) -> None:
         """Called after each step of the optimiser."""
 
@@ -82,6 +85,41 @@ class FlatObservations(Encoder):
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
         return []
+
+
+@checked
+class StandardisedObservations(FlatObservations):
+    """Vectors less their mean in the data, over their standard deviation: what offline methods are often given.
+
+    The statistics are taken once, of all the data that are learned from, and are part of the agent from then on: a run
+    that begins from another keeps them, for its networks know no other inputs.
+
+    Args:
+        eps: added to the standard deviation.
+    """
+
+    def __init__(self, observation_shape: Sequence[Count], eps: NonNegative = 1e-3) -> None:
+        super().__init__(observation_shape)
+        self.eps = eps
+        self.register_buffer("mean", torch.zeros(self.features))
+        self.register_buffer("scale", torch.ones(self.features))
+        self.register_buffer("known", torch.zeros((), dtype=torch.bool))
+
+    def begin(self, data: Any) -> None:
+        if self.known:
+            return
+        if not hasattr(data, "observation_statistics"):
+            raise ValueError(
+                "module/encoder=standardised: expected data that are there before training, as of datamodule=offline, "
+                f"found {type(data).__name__}."
+            )
+        mean, std = data.observation_statistics()
+        self.mean.copy_(mean)
+        self.scale.copy_(std + self.eps)
+        self.known.fill_(True)
+
+    def forward(self, observation: Tensor) -> Tensor:
+        return (observation - self.mean) / self.scale
 
 
 @checked

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from components.checks import Count, NonNegative, Size, SizeOrZero, checked
+from components.checks import Count, NonNegative, Positive, Size, SizeOrZero, checked
 
 RELU_GAIN = math.sqrt(2.0)
 
@@ -77,6 +77,35 @@ class EnsembleLayerNorm(nn.Module):
             weight, bias = weight[members], bias[members]
         normalised = nn.functional.layer_norm(x, x.shape[-1:], eps=self.eps)
         return torch.addcmul(bias, normalised, weight)
+
+
+class EnsembleNormalisedLinear(EnsembleLinear):
+    """Linear layers that are divided by their spectral norm: [P, N, in] -> [P, N, out].
+
+    A reparametrisation, with a gradient through the norm, as `torch.nn.utils.parametrizations.spectral_norm` has it
+    for one matrix (arXiv 1802.05957): each pass in training mode makes a step of power iteration for every member.
+    """
+
+    def __init__(self, members: int, in_features: int, out_features: int, gain: float = 1.0) -> None:
+        super().__init__(members, in_features, out_features, gain)
+        self.register_buffer("left", nn.functional.normalize(torch.randn(members, 1, in_features), dim=-1))
+        self.register_buffer("right", nn.functional.normalize(torch.randn(members, 1, out_features), dim=-1))
+        for _ in range(15):  # or a first evaluation would divide by anything
+            self._iterate()
+
+    @torch.no_grad()
+    def _iterate(self) -> None:
+        self.right.copy_(nn.functional.normalize(self.left @ self.weight, dim=-1))
+        self.left.copy_(nn.functional.normalize(self.right @ self.weight.mT, dim=-1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self._iterate()
+        left, right = self.left.clone(), self.right.clone()  # passes to come change them before this one's gradient
+        sigma = ((left @ self.weight) * right).sum(-1, keepdim=True)
+        if x.dim() == 2:
+            x = x.expand(self.weight.shape[0], *x.shape)
+        return torch.baddbmm(self.bias, x, self.weight / sigma)
 
 
 class EnsembleSpectralLinear(EnsembleLinear):
@@ -154,16 +183,21 @@ class EnsembleMLP(nn.Sequential):
         return x
 
 
+SPECTRAL = {"projected": EnsembleSpectralLinear, "normalised": EnsembleNormalisedLinear}
+"""Layers whose matrices have a spectral norm of 1."""
+
+
 class ResidualBlock(nn.Module):
     """x + W_2 relu(W_1 LayerNorm(x)), both matrices at spectral norm 1: [P, N, dim] -> [P, N, dim]."""
 
-    def __init__(self, members: int, dim: int) -> None:
+    def __init__(self, members: int, dim: int, gain: float, spectral: str, eps: float) -> None:
         super().__init__()
+        linear = SPECTRAL[spectral]
         self.branch = nn.Sequential(
-            EnsembleLayerNorm(members, dim, eps=1e-3),
-            EnsembleSpectralLinear(members, dim, dim, RELU_GAIN),
+            EnsembleLayerNorm(members, dim, eps),
+            linear(members, dim, dim, gain),
             nn.ReLU(),
-            EnsembleSpectralLinear(members, dim, dim, RELU_GAIN),
+            linear(members, dim, dim, gain),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -177,7 +211,10 @@ class EnsembleResidualMLP(nn.Sequential):
     Args:
         hidden_dim: width.
         blocks: residual blocks.
-        last_gain: gain of the orthogonal initialisation of the last layer.
+        gain, last_gain: of the orthogonal initialisation of all layers but the last, and of the last.
+        spectral: matrices in blocks are ``projected`` to spectral norm 1 after each step (arXiv 2110.03375), or
+            ``normalised`` by it, with its gradient (arXiv 2106.01151, 2403.13097).
+        eps: of the layer normalisation.
     """
 
     def __init__(
@@ -187,11 +224,16 @@ class EnsembleResidualMLP(nn.Sequential):
         members: Size = 1,
         hidden_dim: Size = 256,
         blocks: Size = 1,
+        gain: NonNegative = RELU_GAIN,
         last_gain: NonNegative = 0.01 * RELU_GAIN,
+        spectral: str = "projected",
+        eps: Positive = 1e-3,
     ) -> None:
+        if spectral not in SPECTRAL:
+            raise ValueError(f"Unknown spectral={spectral!r}: expected one of {', '.join(SPECTRAL)}.")
         super().__init__(
-            EnsembleLinear(members, in_features, hidden_dim, RELU_GAIN),
+            EnsembleLinear(members, in_features, hidden_dim, gain),
             nn.ReLU(),
-            *(ResidualBlock(members, hidden_dim) for _ in range(blocks)),
+            *(ResidualBlock(members, hidden_dim, gain, spectral, eps) for _ in range(blocks)),
             EnsembleLinear(members, hidden_dim, out_features, last_gain),
         )

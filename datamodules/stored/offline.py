@@ -138,6 +138,8 @@ class OfflineDataModule(EnvironmentDataModule):
         module = self.trainer.lightning_module
         if self._train_data is None:
             data = self.dataset.data.select(*_LEARNED_FROM)
+            if module.next_data_actions:
+                data["next", "data_action"] = self.dataset.next_actions()
             self._train_data = data.to(module.device if self.on_device else "cpu")
         how = (
             self._train_data,
@@ -163,6 +165,12 @@ class OfflineDataModule(EnvironmentDataModule):
         given = self.trainer.lightning_module.take_priorities()
         if given is not None:
             self._priorities.change(*map(gather_rows, given))
+
+    def observation_statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [O] of the observations that are learned from."""
+        assert self.dataset is not None
+        std, mean = torch.std_mean(self.dataset.data["observation"].double(), 0, correction=0)
+        return mean, std
 
     def state_dict(self) -> dict[str, Any]:
         assert self.dataset is not None

@@ -175,6 +175,13 @@ class TransitionDataset:
         chosen = {"sources": None if sources is None else list(sources), "episodes": episodes, "seed": seed}
         return TransitionDataset(data, {**self.manifest, "chosen": chosen})
 
+    def next_actions(self) -> Tensor:
+        """The action after each, [n, A]; NaN after the last of an episode."""
+        following, episode = self.data["action"].roll(-1, 0), self.data["episode"]
+        following[episode != episode.roll(-1)] = torch.nan
+        following[-1] = torch.nan  # of a single episode
+        return following
+
     def rewarded(self, reward: Tensor, of: str) -> TransitionDataset:
         """The data set with other rewards [n, 1], of the words `of`."""
         data = self.data.exclude("left_out")

@@ -8,6 +8,7 @@ SMALL = (
     "module=iql",
     "module/objective=asac",
     "module.objective.advantage=state",
+    "module/encoder=standardised",
     "num_seeds=1",
     "module.critic.hidden_dim=8",
     "module.value.network.hidden_dim=8",
@@ -36,7 +37,7 @@ def test_killed_run_goes_on_bit_for_bit(assert_same_runs, program, run_and_kill,
     assert "datamodule.dataset: expected the data that the checkpoint's run was trained on" in refused.err
     finished = program("experiment=mood_swirl", f"ckpt_path={folder}")
     assert finished.code == 0, finished.err
-    assert_same_runs(folder, whole.folder, ["narrow_mixed"], holds=("value.network", "log_std"))
+    assert_same_runs(folder, whole.folder, ["narrow_mixed"], holds=("value.network", "log_std", "encoder.scale"))
     report = (whole.folder / "report.md").read_text()
     for row in ("score", "score_of_5", "return_of_5"):
         assert f"| swirl/goal/{row} |" in report

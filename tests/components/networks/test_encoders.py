@@ -1,4 +1,5 @@
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from components.networks.encoders import (
     FlatObservations,
     PixelEncoder,
     RandomShift,
+    StandardisedObservations,
     evaluating,
     random_shift,
 )
@@ -141,3 +143,19 @@ def test_encoder_in_half_precision_and_compiled_scores_in_float32():
 def test_settings_that_make_no_sense_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_standardised_observations_are_those_of_the_data_once():
+    encoder, x = StandardisedObservations([2], eps=1e-3), torch.tensor([[1.0, 5.0], [3.0, 5.0]])
+    assert torch.equal(encoder(x), x)
+    data = SimpleNamespace(observation_statistics=lambda: (x.double().mean(0), x.double().std(0, correction=0)))
+    encoder.begin(data)
+    expected = torch.tensor([[-1 / 1.001, 0.0], [1 / 1.001, 0.0]])
+    torch.testing.assert_close(encoder(x), expected)
+    encoder.begin(SimpleNamespace(observation_statistics=lambda: (torch.ones(2), torch.ones(2))))
+    torch.testing.assert_close(encoder(x), expected)
+    other = StandardisedObservations([2])
+    other.load_state_dict(encoder.state_dict())
+    torch.testing.assert_close(other(x), expected)
+    with pytest.raises(ValueError, match=r"^module/encoder=standardised: expected data that are there before training"):
+        StandardisedObservations([2]).begin(SimpleNamespace())

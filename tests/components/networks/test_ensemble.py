@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -6,6 +8,7 @@ from components.networks.ensemble import (
     EnsembleLayerNorm,
     EnsembleLinear,
     EnsembleMLP,
+    EnsembleNormalisedLinear,
     EnsembleResidualMLP,
     EnsembleSpectralLinear,
 )
@@ -64,3 +67,44 @@ def test_a_residual_block_is_its_formula():
         branch = (normalised @ one.weight[p] + one.bias[p]).relu() @ two.weight[p] + two.bias[p]
         torch.testing.assert_close(network(x)[p], (hidden + branch) @ last.weight[p] + last.bias[p])
     assert network(x).abs().max() < 0.2  # the last layer starts small
+
+
+def test_a_normalised_layer_is_that_of_torch_for_each_member():
+    torch.manual_seed(0)
+    layer, x = EnsembleNormalisedLinear(3, 4, 6, gain=2.0), torch.randn(5, 4)
+    with torch.no_grad():
+        layer.weight += torch.randn_like(layer.weight)
+    for member in range(3):
+        plain = nn.Linear(4, 6)
+        plain.weight.data, plain.bias.data = layer.weight.data[member].T.clone(), layer.bias.data[member, 0].clone()
+        theirs = nn.utils.parametrizations.spectral_norm(plain)
+        norm = theirs.parametrizations.weight[0]
+        norm._u.copy_(layer.right[member, 0])
+        norm._v.copy_(layer.left[member, 0])
+        theirs.eval()
+        ours = layer.eval()(x)[member]
+        torch.testing.assert_close(ours, theirs(x))
+        (expected,) = torch.autograd.grad(theirs(x).square().sum(), theirs.parametrizations.weight.original)
+        (gradient,) = torch.autograd.grad(ours.square().sum(), layer.weight)
+        torch.testing.assert_close(gradient[member], expected.T)
+    layer.train()
+    for _ in range(50):
+        layer(x)
+    sigma = ((layer.left @ layer.weight) * layer.right).sum(-1, keepdim=True)
+    singular = torch.linalg.svdvals((layer.weight / sigma).detach())
+    assert torch.allclose(singular[:, 0], torch.ones(3), atol=1e-4)
+
+
+def test_normalised_blocks_keep_what_they_compute_through_a_state_and_a_copy():
+    network, x = EnsembleResidualMLP(4, 2, 3, hidden_dim=8, spectral="normalised", eps=1e-5), torch.randn(5, 4)
+    network.train()
+    loss = network(x).sum() + network(2 * x).sum()  # two passes before the gradient of the first
+    loss.backward()
+    other = copy.deepcopy(network).eval()
+    anew = EnsembleResidualMLP(4, 2, 3, hidden_dim=8, spectral="normalised", eps=1e-5).eval()
+    anew.load_state_dict(network.state_dict())
+    network.eval()
+    assert torch.equal(network(x), other(x))
+    assert torch.equal(network(x), anew(x))
+    with pytest.raises(ValueError, match=r"Unknown spectral='norm': expected one of projected, normalised"):
+        EnsembleResidualMLP(4, 2, spectral="norm")

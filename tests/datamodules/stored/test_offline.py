@@ -282,3 +282,18 @@ def test_priorities_go_on_from_a_checkpoint_with_those_that_were_not_taken_yet()
     wrong.data.load_state_dict({**state, "priorities": {"level_0": torch.zeros(3)}})
     with pytest.raises(ValueError, match=r"priorities.level_0: expected numbers \[8, 128\], found others"):
         wrong.data.train_dataloader()
+
+
+def test_statistics_and_next_actions_are_those_of_what_is_learned_from():
+    module = made(max_episodes=3)
+    data = module.dataset.data
+    mean, std = module.observation_statistics()
+    torch.testing.assert_close(mean, data["observation"].double().mean(0))
+    torch.testing.assert_close(std, data["observation"].double().std(0, correction=0))
+    following = module.dataset.next_actions()
+    for row in range(len(data)):
+        if row + 1 < len(data) and data["episode"][row] == data["episode"][row + 1]:
+            assert torch.equal(following[row], data["action"][row + 1])
+        else:
+            assert following[row].isnan().all()
+    assert following.isnan().all(-1).sum() == 3
