@@ -1,4 +1,4 @@
-"""SAC, REDQ and generalised pessimism learning as the fastest single-file scripts write them: the framework's peers.
+"""SAC, REDQ, generalised pessimism learning, AWAC and IQL as the fastest single-file scripts write them: our peers.
 
 Plain PyTorch and nothing of this project: modules, fused Adam, `backward`, updates of target networks by `foreach`,
 batches indexed from tensors. The updates are those of `lightning_modules.actor_critic`, number for number
@@ -106,6 +106,8 @@ class ModernCritics(nn.Module):
 class SAC:
     """Soft actor-critic with the minimum of its critics."""
 
+    losses = ("critic_loss", "actor_loss")
+
     def __init__(self, observation_dim: int, action_dim: int, critics: nn.Module, width: int, momentum: float = 0.9):
         self.critics, self.actor = critics, Actor(observation_dim, action_dim, width)
         self.targets = copy.deepcopy(critics).requires_grad_(False)
@@ -147,9 +149,9 @@ class SAC:
         self.critic_optimizer.step()
         self.learn_pessimism(errors)
 
-    def update_actor(self, observation: Tensor) -> None:
+    def update_actor(self, batch: Batch) -> None:
         self.critics.requires_grad_(False)
-        loss, log_prob = self.actor_loss(observation)
+        loss, log_prob = self.actor_loss(batch[0])
         self.actor_optimizer.zero_grad()
         loss.backward()
         self.critics.requires_grad_(True)
@@ -215,15 +217,123 @@ class GPL(SAC):
         nn.utils.clip_grad_norm_(self.actor.parameters(), 40, foreach=True)
 
 
+class CloningActor(nn.Module):
+    """A squashed mean, with noise of 0.2 or of a size that is learned for each action."""
+
+    def __init__(self, observation_dim: int, action_dim: int, width: int, learned: bool) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(observation_dim, width),
+            nn.ReLU(),
+            nn.Linear(width, width),
+            nn.ReLU(),
+            nn.Linear(width, action_dim),
+            nn.Tanh(),
+        )
+        self.log_std = nn.Parameter(torch.zeros(action_dim)) if learned else math.log(0.2)
+
+    def forward(self, observation: Tensor) -> Tensor:
+        return self.layers(observation)
+
+    @staticmethod
+    def sample(mean: Tensor, clip: float | None = None) -> Tensor:
+        noise = 0.2 * torch.randn_like(mean)
+        if clip is not None:
+            noise = noise.clamp(-clip, clip)
+        return (mean + noise).clamp(-1, 1)
+
+    def log_normal(self, mean: Tensor, action: Tensor) -> Tensor:
+        log_std = self.log_std.clamp(-20, 2) if isinstance(self.log_std, Tensor) else self.log_std
+        std = log_std.exp() if isinstance(log_std, Tensor) else math.exp(log_std)
+        return -0.5 * ((action - mean) / std).square() - log_std - 0.5 * math.log(2 * math.pi)
+
+
+class AWAC:
+    """Cloning with weights that are the softmax of the advantage over an action of the policy."""
+
+    losses = ("critic_loss", "actor_loss")
+
+    def __init__(self, observation_dim: int, action_dim: int, critics: nn.Module, width: int, learned: bool = False):
+        self.critics, self.actor = critics, CloningActor(observation_dim, action_dim, width, learned)
+        self.targets = copy.deepcopy(critics).requires_grad_(False)
+        self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), 3e-4, fused=True)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), 3e-4, fused=True)
+
+    def critic_loss(self, observation: Tensor, action: Tensor, next_observation: Tensor, reward: Tensor, end: Tensor):
+        with torch.no_grad():
+            next_action = self.actor.sample(self.actor(next_observation), 0.3)
+            target = reward + DISCOUNT * (1 - end) * self.targets(next_observation, next_action).amin(0)
+        return 0.5 * (self.critics(observation, action) - target).square().sum(0).mean()
+
+    def actor_loss(self, observation: Tensor, action: Tensor) -> Tensor:
+        mean = self.actor(observation)
+        with torch.no_grad():
+            sampled = self.actor.sample(mean)
+            advantage = self.critics(observation, action).mean(0) - self.critics(observation, sampled).amin(0)
+            weight = torch.softmax(advantage, 0)
+        return -(weight * self.actor.log_normal(mean, action).mean(-1)).sum()
+
+    def update_critics(self, batch: Batch) -> None:
+        descend(self.critic_optimizer, self.critic_loss(*batch))
+
+    def update_actor(self, batch: Batch) -> None:
+        descend(self.actor_optimizer, self.actor_loss(*batch[:2]))
+
+    @torch.no_grad()
+    def update_targets(self) -> None:
+        torch._foreach_lerp_(list(self.targets.parameters()), list(self.critics.parameters()), TARGET_RATE)
+
+
+class IQL(AWAC):
+    """Critics bootstrap from an expectile of the data's values, and weights are exp(3 advantage) over it."""
+
+    losses = ("critic_loss", "actor_loss", "value_loss")
+
+    def __init__(self, observation_dim: int, action_dim: int, critics: nn.Module, width: int) -> None:
+        super().__init__(observation_dim, action_dim, critics, width, learned=True)
+        self.value = nn.Sequential(
+            nn.Linear(observation_dim, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1)
+        )
+        self.value_optimizer = torch.optim.Adam(self.value.parameters(), 3e-4, fused=True)
+
+    def value_loss(self, observation: Tensor, action: Tensor, next_observation: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            next_value = self.value(next_observation).squeeze(-1)
+            q = self.targets(observation, action).amin(0)
+        advantage = q - self.value(observation).squeeze(-1)
+        weight = torch.where(advantage > 0, 0.7, 0.3)
+        return (weight * advantage.square()).mean(), advantage.detach(), next_value
+
+    def critic_loss(self, observation: Tensor, action: Tensor, next_value: Tensor, reward: Tensor, end: Tensor):
+        target = reward + DISCOUNT * (1 - end) * next_value
+        return 0.5 * (self.critics(observation, action) - target).square().sum(0).mean()
+
+    def actor_loss(self, observation: Tensor, action: Tensor) -> Tensor:
+        weight = (3 * self.advantage).exp().clamp(max=100)
+        return -(weight * self.actor.log_normal(self.actor(observation), action).sum(-1)).mean()
+
+    def update_critics(self, batch: Batch) -> None:
+        observation, action, next_observation, reward, end = batch
+        loss, self.advantage, next_value = self.value_loss(observation, action, next_observation)
+        descend(self.value_optimizer, loss)
+        descend(self.critic_optimizer, self.critic_loss(observation, action, next_value, reward, end))
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
 def make_training(
-    agent: SAC, data: Batch, batch_size: int, actor_every: int, compile: bool = False
+    agent: SAC | AWAC, data: Batch, batch_size: int, actor_every: int, compile: bool = False
 ) -> Callable[[int], None]:
     """A function that makes so many updates on batches drawn from `data`, as the loop of such a script does.
 
     Compiled are the losses, and their backward passes with them; what lies between is no faster for it.
     """
-    if compile:
-        agent.critic_loss, agent.actor_loss = torch.compile(agent.critic_loss), torch.compile(agent.actor_loss)
+    for name in agent.losses if compile else ():
+        setattr(agent, name, torch.compile(getattr(agent, name)))
     done = 0
 
     def train(updates: int) -> None:
@@ -234,7 +344,7 @@ def make_training(
             agent.update_critics(batch)
             done += 1
             if done % actor_every == 0:
-                agent.update_actor(batch[0])
+                agent.update_actor(batch)
             agent.update_targets()
 
     return train

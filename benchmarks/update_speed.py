@@ -7,7 +7,8 @@ the bare `update` eager and compiled, and the whole Lightning loop around the sa
 of the framework is the loop's time per update over the bare update's. For SAC (two critics 256-256, batch 256), REDQ
 (ten such critics) and generalised pessimism learning (ten "modern" critics of 256), the last two with the actor after
 every twentieth update, the Lightning loop with batches from the replay buffer beside the loops of
-`benchmarks.single_file`, which make the same updates. For agents that see pictures, without a regulariser, with random
+`benchmarks.single_file`, which make the same updates; for AWAC and IQL (two critics 256-256, batch 256) the same, with
+batches of stored transitions. For agents that see pictures, without a regulariser, with random
 shifts and with signal mixing, the bare `update` eager and compiled. All that is compared takes turns in one run.
 """
 
@@ -27,7 +28,9 @@ from omegaconf import OmegaConf
 from tensordict import TensorDict
 
 from benchmarks.single_file import (
+    AWAC,
     GPL,
+    IQL,
     REDQ,
     SAC,
     Batch,
@@ -188,7 +191,12 @@ def report_forward_backward(experiment: str, arm: str, title: str, device: torch
 
 
 def report_actor_critic(
-    overrides: list[str], make_plain: Callable[[], SAC], title: str, device: torch.device, rounds: int, updates: int
+    overrides: list[str],
+    make_plain: Callable[[], SAC | AWAC],
+    title: str,
+    device: torch.device,
+    rounds: int,
+    updates: int,
 ) -> None:
     """The framework's loop and that of a single file, which make the same updates, eager and compiled."""
     sizes = (17, 6)  # of HalfCheetah
@@ -200,6 +208,7 @@ def report_actor_critic(
         data["next", "reward"][:, 0],
         data["next", "terminated"][:, 0].float(),
     )
+    offline, stored = "datamodule=offline" in overrides, data.clone(False)
     with tempfile.TemporaryDirectory() as folder:
         data["next", "truncated"] = data["next", "terminated"]
         replay = ReplayBuffer(data[:100], ROWS, 1, folder, "memory", device)
@@ -210,7 +219,11 @@ def report_actor_critic(
             with device:
                 agent = make_plain()
             train = make_training(agent, columns, batch_size, module.actor_every, name == "compiled")
-            stacks = ReplayBatches(replay, (module.updates_per_step, batch_size))
+            stacks = (
+                UniformBatches(stored, batch_size, module.updates_per_step, 0, 10**9, seed=0)
+                if offline
+                else ReplayBatches(replay, (module.updates_per_step, batch_size))
+            )
             measures = {
                 f"framework, {name}": partial(time_loop, module, stacks, updates),
                 f"single file, {name}": partial(time_plain, train, updates, device),
@@ -249,6 +262,10 @@ def report_pixels(
         for arm in ("DrQ-v2", "A-LIX"):
             times = ratio(results, f"{arm}, {name}", f"none, {name}")
             print(f"  {name}: {arm} makes {times:.2f} times the updates of no regulariser", flush=True)
+
+
+def _offline(plain: type[AWAC]) -> AWAC:
+    return plain(17, 6, SimpleCritics(23, 2, 256), 256)
 
 
 def time_half(precision: str, measure: Callable[..., float], module: LearningMethod, *arguments: object) -> float:
@@ -292,6 +309,13 @@ def main() -> None:
         "GPL, ten modern critics, actor every 20 updates",
         **extent,
     )
+    for module, plain in {"awac": AWAC, "iql": IQL}.items():
+        report_actor_critic(
+            [f"module={module}", "datamodule=offline", "datamodule.dataset.path=none"],
+            partial(_offline, plain),
+            f"{module.upper()}, two critics 256-256",
+            **extent,
+        )
     small = {**extent, "updates": min(arguments.updates, 10)}
     report_pixels("alix_cartpole", 48, "Pixel agents as in alix_cartpole", **small)
     report_forward_backward("fb_humanoid", "fb_aware", "FB-AWARE as in fb_humanoid", **extent)

@@ -5,27 +5,34 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks.single_file import GPL, REDQ, SAC, ModernCritics, SeparateCritics, SimpleCritics, make_training
-from components.control.actors import EntropyTemperature, GaussianActor
-from components.control.pessimism import DualPessimism, MinimumPessimism, SubsetMinimumPessimism
+from benchmarks.single_file import (
+    AWAC,
+    GPL,
+    IQL,
+    REDQ,
+    SAC,
+    ModernCritics,
+    SeparateCritics,
+    SimpleCritics,
+    make_training,
+)
+from components.control.actor_objectives import AdvantageWeighted
+from components.control.actors import ClippedGaussianActor, EntropyTemperature, GaussianActor
+from components.control.pessimism import DualPessimism, FixedPessimism, MinimumPessimism, SubsetMinimumPessimism
+from components.control.state_value import StateValue
 from components.networks.ensemble import EnsembleMLP, EnsembleResidualMLP
 from lightning_modules.actor_critic import ActorCritic
 
 WIDTH = 8
 
 
+NETWORK = partial(EnsembleMLP, hidden_dim=WIDTH, last_gain=1.0)
+
+
 def ours(critic, pessimism, **settings) -> ActorCritic:
-    network = partial(EnsembleMLP, hidden_dim=WIDTH, last_gain=1.0)
-    return ActorCritic(
-        [5],
-        2,
-        critic=partial(critic, hidden_dim=WIDTH, last_gain=1.0),
-        actor=partial(GaussianActor, network=network),
-        pessimism=pessimism,
-        temperature=EntropyTemperature,
-        updates=100,
-        **settings,
-    )
+    defaults = {"actor": partial(GaussianActor, network=NETWORK), "temperature": EntropyTemperature, "updates": 100}
+    made = partial(critic, hidden_dim=WIDTH, last_gain=1.0)
+    return ActorCritic([5], 2, critic=made, pessimism=pessimism, **{**defaults, **settings})
 
 
 def theirs(plain, critics, made: ActorCritic):
@@ -39,11 +46,16 @@ def theirs(plain, critics, made: ActorCritic):
             source = {str(index): value for index, value in enumerate(v for p in zip(*stacked) for v in p)}
         assert [value.numel() for value in state.values()] == [value.numel() for value in source.values()]
         network.load_state_dict({name: value.view_as(state[name]) for name, value in zip(state, source.values())})
-    linear = [layer for layer in agent.actor.layers if hasattr(layer, "weight")]
+    copied = [(agent.actor.layers, made.actor.network)]
+    copied += [(agent.value, made.value.network)] if plain is IQL else []
     with torch.no_grad():
-        for layer, source in zip(linear, list(made.actor.network)[::2], strict=True):
-            layer.weight.copy_(source.weight[0].T)
-            layer.bias.copy_(source.bias[0, 0])
+        for layers, network in copied:
+            linear = [layer for layer in layers if hasattr(layer, "weight")]
+            for layer, source in zip(linear, list(network)[::2], strict=True):
+                layer.weight.copy_(source.weight[0].T)
+                layer.bias.copy_(source.bias[0, 0])
+        if plain is IQL:
+            agent.actor.log_std.copy_(made.actor.log_std)
     return agent
 
 
@@ -62,6 +74,29 @@ CASES = {
         },
         GPL,
         ModernCritics,
+    ),
+    "awac": (
+        EnsembleMLP,
+        FixedPessimism,
+        {
+            "actor": partial(ClippedGaussianActor, network=NETWORK),
+            "objective": AdvantageWeighted(weighting="softmax", value_samples=1, pessimism=None),
+            "temperature": None,
+        },
+        AWAC,
+        SimpleCritics,
+    ),
+    "iql": (
+        EnsembleMLP,
+        MinimumPessimism,
+        {
+            "actor": partial(ClippedGaussianActor, network=NETWORK, std=1.0, learned=True),
+            "objective": AdvantageWeighted(1 / 3, "exp", advantage="state", over_batch="mean", over_action="sum"),
+            "value": partial(StateValue, network=NETWORK, next_value="before"),
+            "temperature": None,
+        },
+        IQL,
+        SimpleCritics,
     ),
 }
 
@@ -91,8 +126,12 @@ def test_single_file_updates_are_ours(case, transitions):
     for learned, copied in ((agent.critics, again.critics), (agent.targets, again.targets)):
         for found, expected in zip(learned.parameters(), copied.parameters(), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(agent.log_alpha, made.temperature.log_alpha)
+    if made.temperature is not None:
+        torch.testing.assert_close(agent.log_alpha, made.temperature.log_alpha)
     torch.testing.assert_close(agent.actor.layers[0].weight, made.actor.network[0].weight[0].T, rtol=1e-4, atol=1e-6)
+    if plain is IQL:
+        torch.testing.assert_close(agent.value[0].weight, made.value.network[0].weight[0].T, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(agent.actor.log_std, made.actor.log_std)
     if plain is GPL:
         torch.testing.assert_close(agent.beta, made.pessimism.beta)
         assert agent.beta.item() != 0.5
