@@ -401,6 +401,56 @@ def test_every_arm_of_every_experiment_on_mixed_data_learns(name):
         assert all(value.isfinite() for value in made.update(data.dataset.data[:32]).values())
 
 
+OFFLINE_PAPER = sorted(
+    f"paper/{path.stem}" for kind in ("mood", "d4rl") for path in (CONFIGS / "experiment/paper").glob(f"{kind}_*.yaml")
+)
+
+
+def test_the_studies_of_offline_data_have_their_tasks():
+    assert len([name for name in OFFLINE_PAPER if "/mood_" in name]) == 15
+    assert len([name for name in OFFLINE_PAPER if "/d4rl_" in name]) == 9
+
+
+@pytest.mark.parametrize("name", OFFLINE_PAPER)
+def test_every_study_of_offline_data_names_its_data_and_task(name):
+    config = composed(f"experiment={name}")
+    check_parts(config)
+    data = instantiate(config.datamodule)
+    if "/mood_" in name:
+        domain, task = name.removeprefix("paper/mood_").split("_", 1)
+        assert data.spec["action_dim"] == {"walker": 6, "cheetah": 6, "quadruped": 12, "humanoid": 21}[domain]
+        assert config.datamodule.dataset.file.endswith(f"mixed_task_rnd_sub__{domain}_{task}.hdf5")
+        (reward,) = data.rewards["default_reset"].values()
+        assert reward == ("fast_spin" if task == "spin" else task)
+    else:
+        assert name.removeprefix("paper/d4rl_").replace("_", "-") == config.datamodule.dataset.name.removesuffix("-v2")
+
+
+@pytest.mark.parametrize("name", ["paper/mood_walker_spin", "paper/d4rl_hopper_medium_expert"])
+def test_every_arm_of_studies_of_offline_data_learns(name, transitions):
+    made = {}
+    narrow = ("module.critic.hidden_dim=8", "module.compile=null")
+    arms = OmegaConf.to_container(composed(f"experiment={name}").arms)
+    for arm, overrides in arms.items():
+        config = composed(f"experiment={name}", *overrides, *narrow)
+        check_parts(config)
+        made[arm] = module = instantiate(config.module, observation_shape=[5], action_dim=2)
+        assert module.total_updates == (2_000_000 if "mood" in name else 1_000_000)
+        assert config.datamodule.batch_size == (1024 if "mood" in name or arm == "rebrac" else 256)
+        batch = transitions(16)
+        batch["next", "data_action"] = batch["action"]
+        if module.prioritised is not None:
+            batch["index"] = torch.arange(16)
+            batch["prioritised"] = batch.clone()
+        assert all(value.isfinite() for value in module.update(batch).exclude("priorities").values())
+    if "mood" in name:
+        widths = [made[arm].actor.network[0].weight.shape[-1] for arm in ("awac", "awac_narrow")]
+        assert widths == [1024, 256]
+    else:
+        assert (made["rebrac"].objective.behaviour_cloning, made["rebrac"].critic_cloning) == (0.1, 0.01)
+        assert (made["iql"].objective.temperature, made["iql"].value.expectile) == (pytest.approx(1 / 6), 0.5)
+
+
 @pytest.mark.parametrize("module", ["awac", "iql", "td3bc", "asac", "bc"])
 def test_evaluations_choose_among_sampled_actions(module, transitions):
     narrow = ("module.critic.hidden_dim=8", "module.actor.network.hidden_dim=8")

@@ -61,6 +61,7 @@ TASKS: dict[str, dict[str, str]] = {
         "run": _walker_move(8),
         "flip": f"{_WALKER_STAND} * (5 * {_SPIN} + 1) / 6",
         "spin": _SPIN,
+        "fast_spin": "tolerance(angular_momentum, 10, inf, 10, 'linear', 0)",  # what MOOD calls spin
     },
     "cheetah": {
         "run": "tolerance(com_velocity_x, 10, inf, 10, 'linear', 0)",

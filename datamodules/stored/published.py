@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from components.buildable import buildable
-from components.checks import Count, checked
+from components.checks import Count, CountOrZero, NonNegative, Number, checked
 from components.files import check_file
 from components.wording import size
 from datamodules.stored.collect import dataset_folder, making
 from datamodules.stored.own_files import Bounds, own_files, own_metadata, read_own
-from datamodules.stored.readers import exorl_files, read_d4rl, read_exorl, read_mood
+from datamodules.stored.readers import exorl_files, read_d4rl, read_exorl, read_mood, read_ogbench
 from datamodules.stored.transitions import TransitionDataset
 
 _BYTES_PER_SECOND = 100e6  # what reading, converting and writing manages at least
@@ -90,6 +90,37 @@ def d4rl_dataset(root: str, folder: str, name: str) -> TransitionDataset:
             "100 to 600 MB."
         )
     return _kept(root, f"d4rl-{name}", [file], {"version": 2}, lambda: read_d4rl(file))
+
+
+@buildable(writes="root")
+@checked
+def ogbench_dataset(
+    root: str,
+    file: str,
+    goal: Sequence[Number] | None = None,
+    first: CountOrZero = 0,
+    tolerance: NonNegative = 0.5,
+) -> TransitionDataset:
+    """An OGBench data set of vectors.
+
+    Args:
+        root: where the converted data set is kept.
+        file: such as `antmaze-large-navigate-v0.npz`.
+        goal, first, tolerance: see `read_ogbench`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: see `read_ogbench`.
+    """
+    path = Path(file)
+    check_file(
+        path,
+        "a file of OGBench (arXiv 2410.20092, https://rail.eecs.berkeley.edu/datasets/ogbench), 10 MB to 2 GB",
+        "datamodule.dataset.file",
+    )
+    goal = None if goal is None else list(goal)
+    settings = {"goal": goal, "first": first, "tolerance": tolerance}
+    return _kept(root, path.stem, [path], settings, lambda: read_ogbench(path, **settings))
 
 
 @buildable(writes="root")

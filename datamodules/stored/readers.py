@@ -1,4 +1,5 @@
-"""Readers for the data sets that offline RL papers use: ExORL, MOOD and D4RL files become a `TransitionDataset`.
+"""Readers for the data sets that offline RL papers use: files of ExORL, MOOD, D4RL and OGBench become a
+`TransitionDataset`.
 
 In ExORL and MOOD files index t + 1 holds the action and the reward that LED to observation t + 1, and index 0 of both
 is a dummy. Transition t is therefore (observation[t], action[t + 1], reward[t + 1], observation[t + 1]), with the
@@ -11,7 +12,7 @@ Legend: T steps of an episode, N episodes, n rows, O observation size, A action 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,10 +143,7 @@ def read_d4rl(file: str | Path) -> TransitionDataset:
     with Hdf5File(file) as h5:
         keys = ["observations", "actions", "rewards", "terminals", *(key for key in optional if key in h5)]
         rows = {key: h5.read(key, 1 if key in ("rewards", "terminals", "timeouts") else 2) for key in keys}
-    n = len(rows["observations"])
-    for key, values in rows.items():
-        if len(values) != n:
-            raise ValueError(f"{file}: expected {n} rows in {key}, as in observations, found {len(values)}.")
+    n = _rows(file, rows)
     terminal = to_flags(file, "terminals", rows["terminals"])
     timeout = to_flags(file, "timeouts", rows["timeouts"]) if "timeouts" in rows else _assumed_timeouts(terminal)
     observation = to_float(file, "observations", rows["observations"])
@@ -171,6 +169,67 @@ def read_d4rl(file: str | Path) -> TransitionDataset:
     keep[-1] = False
     kept = kept_rows(file, arrays, keep, terminal | timeout)
     return as_dataset(kept, {"domain": domain, "made_by": "d4rl", "origin": file.name})
+
+
+def _rows(file: Path, arrays: Mapping[str, np.ndarray]) -> int:
+    """How many rows all arrays of a file have."""
+    n = len(arrays["observations"])
+    for key, values in arrays.items():
+        if len(values) != n:
+            raise ValueError(f"{file}: expected {n} rows in {key}, as in observations, found {len(values)}.")
+    return n
+
+
+def read_ogbench(
+    file: str | Path, goal: Sequence[float] | None = None, first: int = 0, tolerance: float = 0.5
+) -> TransitionDataset:
+    """Read a file of OGBench (arXiv 2410.20092) whose observations are vectors.
+
+    It holds `observations` [N, O], `actions` [N, A] and `terminals` [N], which are 1 at the last state of an episode:
+    the action there led nowhere, and nothing ended for good. Of `qpos` [N, q] and `qvel` [N, v], where there are both,
+    the arrival's are kept as physics. There are no rewards; with a goal they are those of OGBench's tasks of one goal
+    in mazes: -1 in every state, 0 in one whose `qpos` lies at the goal, after which nothing is expected to come.
+
+    Args:
+        goal: where to be, two numbers or more; None for rewards of 0.
+        first: the place in `qpos` of the goal's first coordinate: 0 of a body in a maze, 15 of an ant's ball.
+        tolerance: distance that counts as there.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is truncated, lacks a key, or has other lengths, sizes or values than expected.
+    """
+    file = Path(file)
+    with NpzFile(file) as npz:
+        optional = [key for key in ("qpos", "qvel") if key in npz]
+        asked = optional if goal is None else {"qpos", *optional}
+        keys = ["observations", "actions", "terminals", *asked]
+        rows = {key: npz.read(key, 1 if key == "terminals" else 2) for key in keys}
+    n = _rows(file, rows)
+    last = to_flags(file, "terminals", rows["terminals"])
+    if not last[-1:].all():
+        raise ValueError(f"{file}: expected the last row to end an episode in terminals, found that it does not.")
+    observation = to_float(file, "observations", rows["observations"])
+    arrived = np.zeros(n, bool)
+    if goal is not None:
+        qpos = to_float(file, "qpos", rows["qpos"], np.float64)
+        if qpos.shape[1] < first + len(goal):
+            raise ValueError(f"{file}: expected at least {first + len(goal)} numbers in qpos, found {qpos.shape[1]}.")
+        arrived = np.linalg.norm(qpos[:, first : first + len(goal)] - np.asarray(goal), axis=1) <= tolerance
+    arrays = {
+        "observation": observation,
+        "action": to_float(file, "actions", rows["actions"]),
+        "next.observation": np.roll(observation, -1, axis=0),
+        "next.reward": np.full((n, 1), 0.0 if goal is None else -1.0, np.float32) + arrived[:, None],
+        "next.terminated": arrived[:, None],
+        "source": np.zeros(n, np.int64),
+    }
+    if "qpos" in rows and "qvel" in rows:
+        parts = [to_float(file, key, rows[key], np.float64) for key in ("qpos", "qvel")]
+        arrays["next.physics"] = np.roll(np.concatenate(parts, axis=1), -1, axis=0)
+    kept = kept_rows(file, arrays, ~last, last)
+    del kept["left_out"]  # no action was rewarded there
+    return as_dataset(kept, {"domain": None, "made_by": "ogbench", "origin": file.name})
 
 
 def kept_rows(

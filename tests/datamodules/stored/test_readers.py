@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.stored.readers import read_d4rl, read_exorl, read_mood
+from datamodules.stored.readers import read_d4rl, read_exorl, read_mood, read_ogbench
 
 STEPS = 5
 DUMMY = 1e6  # in every slot that no transition may use
@@ -316,3 +316,59 @@ def test_d4rl_errors_name_the_file(tmp_path, change, message):
     write_d4rl(tmp_path / "toy.hdf5", **{"terminals": [0] * 4, "timeouts": [0] * 4, **change})
     with pytest.raises(ValueError, match=f"toy.hdf5: {message}"):
         read_d4rl(tmp_path / "toy.hdf5")
+
+
+# -- OGBench ------------------------------------------------------------------------------------------------------
+
+
+def ogbench_file(path, **changes):
+    """Two episodes, of four states and of three; the body walks along the first coordinate."""
+    time = np.array([0, 1, 2, 3, 0, 1, 2], np.float32)
+    arrays = {
+        "observations": np.stack([time, 10 * time, np.arange(7)], 1),
+        "actions": np.linspace(-1, 1, 14).reshape(7, 2).astype(np.float32),
+        "terminals": np.array([0, 0, 0, 1, 0, 0, 1], np.float32),
+        "qpos": np.stack([time, 0 * time], 1),
+        "qvel": np.ones((7, 1)),
+        **changes,
+    }
+    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
+    return path
+
+
+def test_ogbench_rows_lead_to_the_next_state_and_last_ones_nowhere(tmp_path):
+    data = read_ogbench(ogbench_file(tmp_path / "a.npz")).data
+    assert data["observation"][:, 2].tolist() == [0, 1, 2, 4, 5]
+    assert data["next", "observation"][:, 2].tolist() == [1, 2, 3, 5, 6]
+    assert data["next", "physics"].tolist() == [[1, 0, 1], [2, 0, 1], [3, 0, 1], [1, 0, 1], [2, 0, 1]]
+    assert data["action"][:, 0].tolist() == pytest.approx([-1, -1 + 4 / 13, -1 + 8 / 13, -1 + 16 / 13, -1 + 20 / 13])
+    assert not data["next", "terminated"].any()
+    assert data["next", "truncated"][:, 0].tolist() == [False, False, True, False, True]
+    assert data["episode"].tolist() == [0, 0, 0, 1, 1]
+    assert data["next", "reward"].eq(0).all()
+    assert "left_out" not in data.keys()  # noqa: SIM118 - not a mapping
+
+
+def test_ogbench_rewards_are_of_states_at_the_goal(tmp_path):
+    data = read_ogbench(ogbench_file(tmp_path / "a.npz"), goal=[2, 0], tolerance=0.5).data
+    assert data["next", "reward"][:, 0].tolist() == [-1, -1, 0, -1, -1]
+    assert data["next", "terminated"][:, 0].tolist() == [False, False, True, False, False]
+    assert data["next", "reward"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "message"),
+    [
+        ({"terminals": None}, {}, "terminals"),
+        ({"terminals": np.zeros(7)}, {}, "expected the last row to end an episode in terminals"),
+        ({"actions": np.zeros((6, 2))}, {}, "expected 7 rows in actions, as in observations, found 6"),
+        ({"qpos": None}, {"goal": [0, 0]}, "qpos"),
+        ({}, {"goal": [0, 0], "first": 15}, "expected at least 17 numbers in qpos, found 2"),
+        ({"observations": np.zeros((7, 4, 4, 3), np.uint8)}, {}, "observations"),
+    ],
+)
+def test_ogbench_files_that_are_not_are_refused(changes, settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as error:
+        read_ogbench(ogbench_file(tmp_path / "a.npz", **changes), **settings)
+    assert str(tmp_path / "a.npz") in str(error.value)
+    assert "\n" not in str(error.value)
