@@ -60,7 +60,7 @@ def test_the_wheel_holds_all_configurations_and_modules(installed):
     assert "tenfold" in packages
     for package in packages:
         for path in (ROOT / package).rglob("*"):
-            if path.suffix in (".py", ".yaml"):
+            if path.suffix in (".py", ".yaml", ".safetensors", ".json"):
                 assert (installed / path.relative_to(ROOT)).exists(), path
     assert not {"tests", "benchmarks", "train.py", "evaluate.py"} & set(packages)
 

@@ -568,3 +568,16 @@ def test_priorities_over_a_state_value_are_its_advantages(transitions):
 def test_priorities_ask_for_a_datamodule_that_draws_by_them(transitions):
     with pytest.raises(ValueError, match=r"module.objective: expected a datamodule that draws by priorities"):
         sampled().update(transitions(8))
+
+
+@pytest.mark.slow
+def test_compiled_updates_give_the_same_priorities(compiler, transitions):
+    given = []
+    for mode in (None, "default"):
+        made, found = sampled(compile=mode), []
+        for step in range(3):
+            batch = with_priorities(transitions(16, seed=step), transitions(16, seed=step + 10))
+            torch.manual_seed(step)
+            found.append(made.run_update(batch)["priorities", "logit"])
+        given.append(torch.stack(found))
+    torch.testing.assert_close(*given, rtol=1e-4, atol=1e-4)

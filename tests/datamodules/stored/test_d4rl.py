@@ -11,6 +11,9 @@ def test_d4rl_score():
     assert d4rl_normalized_score("walker2d-medium-expert-v2", (1.629008 + 4592.3) / 2) == pytest.approx(50)
     assert d4rl_normalized_score("antmaze-umaze-v2", 0.25) == 25
     assert d4rl_normalized_score("ant-medium-v2", 3879.7) == 100
+    assert d4rl_normalized_score("halfcheetah", 5000) == pytest.approx(42.53003, abs=1e-5)
+    assert d4rl_normalized_score("hopper", 3000) == pytest.approx(92.80090, abs=1e-5)
+    assert d4rl_normalized_score("walker2d", 4500) == pytest.approx(97.98940, abs=1e-5)
     with pytest.raises(ValueError, match="found 'humanoid-medium-v2'"):
         d4rl_normalized_score("humanoid-medium-v2", 1.0)
 

@@ -1,0 +1,1 @@
+"""Policies that learned online, in a folder for each body, with what made them."""
