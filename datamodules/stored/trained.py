@@ -59,7 +59,7 @@ def trained_dataset(
         "shards": shards,
         "rows": rows,
         "steps": steps,
-        "policies": {name: list(group) for name, group in policies.items()},
+        "policies": [[name, list(group)] for name, group in policies.items()],  # whose order numbers the sources
         "weights": {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in zip(names, paths)},
     }
     data = collect_dataset(root, f"{domain}-trained", recipe, make_shard, expected_seconds=expected_seconds)

@@ -25,7 +25,10 @@ def test_other_policies_are_other_data(tmp_path):
     trained_dataset(str(tmp_path), "walker", POLICIES, **SMALL)
     trained_dataset(str(tmp_path), "walker", POLICIES, **SMALL)
     trained_dataset(str(tmp_path), "walker", {"run": ["run_late"]}, **SMALL)
-    assert len(list(tmp_path.glob("walker-trained-*[0-9a-f]"))) == 2
+    turned = trained_dataset(str(tmp_path), "walker", dict(reversed(POLICIES.items())), **SMALL)
+    assert turned.manifest["sources"] == ["walk", "run"]
+    assert turned.chosen(["walk"], None, 0).episodes == 4
+    assert len(list(tmp_path.glob("walker-trained-*[0-9a-f]"))) == 3
     with pytest.raises(
         FileNotFoundError, match=r"jump_late.safetensors: expected a policy that ships with the project"
     ):
