@@ -4,13 +4,14 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
-from safetensors.torch import save_file
 
 from components.checks import Count, Seed, checked
 from components.files import locking, read_json, replacing
+from datamodules.behaviours.trained import save_policy
 from launch.files import write_json
 from launch.provenance import provenance
 
@@ -32,26 +33,29 @@ class PolicyExport(L.Callback):
     def __init__(self, folder: str | Path, name: str, stages: Mapping[str, Count], seed: Seed) -> None:
         self.folder = Path(folder)
         self.name = name
-        self.stages = {updates: stage for stage, updates in stages.items()}
+        self.stages = dict(stages)
         self.seed = seed
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        every = trainer.datamodule.evaluate_every
-        for updates, stage in self.stages.items():
-            if updates % every and updates != module.total_updates:
+        every, last = trainer.datamodule.evaluate_every, module.total_updates
+        for stage, updates in self.stages.items():
+            if updates > last or (updates % every and updates != last):
                 raise ValueError(
                     f"callbacks.policy_export.stages.{stage}={updates}: expected a multiple of "
-                    f"datamodule.evaluate_every={every}, found none."
+                    f"datamodule.evaluate_every={every} up to module.updates={last}, found none."
                 )
+        with TemporaryDirectory() as folder:  # refuses what could not be loaded, before anything is trained
+            save_policy(module.policy(exploring=True).module, Path(folder) / "policy.safetensors")
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.sanity_checking or module.updates not in self.stages:
-            return
-        name = f"{self.name}_{self.stages[module.updates]}"
-        weights = module.policy(exploring=True).module.state_dict()
+        for stage, updates in self.stages.items():
+            if updates == module.updates and not trainer.sanity_checking:
+                self._export(module, f"{self.name}_{stage}")
+
+    def _export(self, module: L.LightningModule, name: str) -> None:
         with replacing(self.folder / f"{name}.safetensors") as temporary:
-            save_file({key: each.detach().cpu().contiguous() for key, each in weights.items()}, temporary)
+            save_policy(module.policy(exploring=True).module, temporary)
         made = {
             "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
             "seed": self.seed,

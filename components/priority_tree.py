@@ -89,8 +89,10 @@ class PriorityTree(nn.Module):
 
     def check(self, state: Mapping[str, Tensor]) -> None:
         """Raise a ValueError unless a `state_dict` is one of a tree of as many rows."""
-        own = self.state_dict()
-        for name, expected in own.items():
+        if not isinstance(state, Mapping):
+            raise ValueError(f"priorities: expected those of {self.rows} rows, found {type(state).__name__}.")
+        for name, expected in self.state_dict().items():
             found = state.get(name)
-            if found is None or found.shape != expected.shape or found.isnan().any():
+            right = isinstance(found, Tensor) and found.is_floating_point() and found.shape == expected.shape
+            if not right or found.isnan().any():
                 raise ValueError(f"priorities.{name}: expected numbers {list(expected.shape)}, found others.")

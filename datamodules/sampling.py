@@ -70,8 +70,8 @@ class UniformBatches:
 
 
 @dataclass
-class PrioritisedBatches:
-    """Yields stacks of batches that are drawn one by one, each with the priorities that there are by then.
+class PrioritisedDraws:
+    """Draws a batch with the priorities that there are by then, as a function of (seed, rank, update) and those.
 
     Draws are stratified: of B rows, the j-th lies in the j-th of B parts of equal probability.
 
@@ -79,27 +79,25 @@ class PrioritisedBatches:
         tree: of as many rows as the data, on their device.
         prioritised: ``batch`` or ``beside``, see `LearningMethod`.
         refresh: called before each draw.
-        data, batch_size, updates_per_step, start, stop, seed: see `UniformBatches`.
+        data: transitions [n].
+        device: where batches are wanted.
+        batch_size: transitions of this process in one update.
+        seed: of the run.
     """
 
     tree: PriorityTree
     prioritised: str
     refresh: Callable[[], None]
     data: TensorDict
+    device: torch.device | str
     batch_size: int
-    updates_per_step: int
-    start: int
-    stop: int
     seed: int
 
-    def __len__(self) -> int:
-        return max(0, self.stop - self.start) // self.updates_per_step
+    def stack(self, count: int, update: int) -> "DrawnInTurn":
+        """The batches of so many updates, each drawn when its turn comes."""
+        return DrawnInTurn(self, update, count)
 
-    def __iter__(self) -> Iterator["DrawnInTurn"]:
-        for update in range(self.start, self.stop, self.updates_per_step):
-            yield DrawnInTurn(self._draw, update, self.updates_per_step)
-
-    def _draw(self, update: int) -> TensorDict:
+    def __call__(self, update: int) -> TensorDict:
         self.refresh()
         generator, size = batch_generator(self.seed, update), self.batch_size
         offset = torch.rand(size, generator=generator, dtype=torch.float64)
@@ -108,11 +106,11 @@ class PrioritisedBatches:
         drawn = self.data[index]
         drawn["index"], drawn["log_probability"] = index, log_probability.float().unsqueeze(-1)
         if self.prioritised == "batch":
-            return drawn
+            return drawn.to(self.device)
         uniform = _sent(torch.randint(self.data.batch_size[0], (size,), generator=generator), self.data.device)
         batch = self.data[uniform]
         batch["index"], batch["prioritised"] = uniform, drawn
-        return batch
+        return batch.to(self.device)
 
 
 @dataclass

@@ -117,6 +117,11 @@ class ActorCritic(LearningMethod):
         super().__init__(**loop)
         if actor_schedule not in ("constant", "cosine"):
             raise ValueError(f"Unknown actor_schedule={actor_schedule!r}: expected one of constant, cosine.")
+        if critic_cloning is not None and value is not None:
+            raise ValueError(
+                f"module.critic_cloning={critic_cloning}: expected null where critics bootstrap from module.value, "
+                "which asks for no action."
+            )
         self.encoder = encoder(observation_shape)
         self.critic = Critics(self.encoder.features, action_dim, quantiles, members, critic, trunk)
         self.actor = actor(self.encoder.features, action_dim, **({} if trunk is None else {"trunk": trunk}))
@@ -243,11 +248,6 @@ class ActorCritic(LearningMethod):
             with torch.no_grad(), evaluating(self.encoder):
                 features = self.encoder(batch["observation"])
         drawn = batch.get("prioritised", None)
-        if drawn is None and self.prioritised is not None:
-            raise ValueError(
-                "module.objective: expected a datamodule that draws by priorities, such as datamodule=offline, found "
-                "one that does not."
-            )
         if actor:
             if drawn is None:
                 loss, actor_metrics = self.actor_loss(features.detach(), batch["action"], advantage)
@@ -276,6 +276,11 @@ class ActorCritic(LearningMethod):
         if self.value is not None:
             return self._bootstrapped(batch, self.value(features)[:, None])
         if ("next", "action") in batch.keys(True):
+            if self.critic_cloning is not None:
+                raise ValueError(
+                    f"module.critic_cloning={self.critic_cloning}: expected null where data say the next action "
+                    "(SARSA)."
+                )
             next_action, bonus = batch["next", "action"], 0.0
         else:
             next_action, log_prob = (self.target_actor or self.actor).bootstrap(features)
@@ -288,11 +293,6 @@ class ActorCritic(LearningMethod):
 
     def _distance(self, batch: TensorDict, next_action: Tensor) -> Tensor:
         """Squared, of next actions from the data's, [B, 1]; 0 where an episode ends and the data have none."""
-        if ("next", "data_action") not in batch.keys(True):
-            raise ValueError(
-                f"module.critic_cloning={self.critic_cloning}: expected a datamodule that knows the data's next "
-                "actions, such as datamodule=offline, found one that does not."
-            )
         squares = (next_action - batch["next", "data_action"]).square().sum(-1, keepdim=True)
         return squares.nan_to_num(0.0)
 
@@ -304,6 +304,8 @@ class ActorCritic(LearningMethod):
 
     def _rewarded(self, batch: TensorDict) -> tuple[TensorDict, dict[str, Tensor]]:
         """The transitions with rewards of the agent's own, which learns from them what is no longer new."""
+        if "steps_to_next_obs" in batch.keys():  # noqa: SIM118 - a TensorDict
+            raise ValueError("module.intrinsic_reward: expected datamodule.n_step=1, found rewards of several steps.")
         errors = self.intrinsic_reward.errors(batch["next", "observation"])
         reward = self.intrinsic_reward.rewards(errors)
         self.minimise(errors.mean(), self.intrinsic_optimizer)

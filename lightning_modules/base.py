@@ -223,13 +223,14 @@ class LearningMethod(L.LightningModule, ABC):
         return self._compiled_updates[key](batch)
 
     prioritised: str | None = None
-    """What datamodules draw by the priorities that `update` gives: with probabilities exp(logit) over their sum, all at
-    first alike. ``batch`` for its batches; ``beside`` for as many rows more, which batches bring as `prioritised`. Both
-    have `index` [B], and rows that were drawn by priorities their `log_probability` [B, 1]. None for nothing."""
+    """What the datamodule, one that `draws_by_priority`, has to draw by the priorities that `update` gives: with
+    probabilities exp(logit) over their sum, all at first alike. ``batch`` for its batches; ``beside`` for as many rows
+    more, which batches bring as `prioritised`. Both have `index` [B], and rows that were drawn by priorities their
+    `log_probability` [B, 1]. None for nothing."""
 
     next_data_actions: bool = False
-    """Whether batches are to hold the action that the data have next, as `("next", "data_action")` [B, A], NaN where an
-    episode ends."""
+    """Whether batches have to hold the action that the data have next, `("next", "data_action")` [B, A], NaN where an
+    episode ends; of a datamodule that `knows_next_actions`."""
 
     def take_priorities(self) -> tuple[Tensor, Tensor] | None:
         """Indices [B] and logits [B] that the last update gave, once; None where there are none."""
@@ -244,6 +245,11 @@ class LearningMethod(L.LightningModule, ABC):
         for index in range(self.updates_per_step):
             metrics = self.run_update(batch[index])
             if self.prioritised is not None:
+                if self.updates == self._began and "priorities" not in metrics.keys():  # noqa: SIM118 - a TensorDict
+                    raise ValueError(
+                        f"{type(self).__name__}.update: expected priorities, an index and a logit for each row, as "
+                        f"prioritised={self.prioritised} says, found none."
+                    )
                 self._priorities, metrics = metrics["priorities"], metrics.exclude("priorities")
             if self.updates == self._began:
                 self._check_metrics(metrics)
@@ -377,6 +383,16 @@ class LearningMethod(L.LightningModule, ABC):
     # -- life cycle ---------------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
+        data = self.trainer.datamodule
+        for wanted, offer, what in (
+            (self.prioritised is not None, "draws_by_priority", "draws by priorities"),
+            (self.next_data_actions, "knows_next_actions", "knows the actions that come next"),
+        ):
+            if wanted and not getattr(data, offer, False):
+                raise ValueError(
+                    f"datamodule: expected one that {what}, such as datamodule=offline, for this module, found "
+                    f"{type(data).__name__}, which does not."
+                )
         self._clock, self._began = time.monotonic(), self.updates
         if self.updates >= self.total_updates:  # a finished run that is resumed has nothing left to do
             self.trainer.should_stop = True

@@ -396,7 +396,7 @@ def test_every_agent_whose_policy_makes_data_learns(transitions, tmp_path):
         assert all(value.isfinite() for value in metrics.values())
         assert ("intrinsic_reward" in metrics) == (arm == "explore")
         export = instantiate(config.callbacks.policy_export)
-        assert (export.name, list(export.stages.values())) == (arm, ["early", "middle", "late"])
+        assert (export.name, list(export.stages)) == (arm, ["early", "middle", "late"])
     walker = composed("experiment=mood_walker").datamodule.dataset.policies
     assert sorted(walker) == sorted(composed("experiment=walker_behaviours").arms)
 

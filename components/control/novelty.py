@@ -37,6 +37,10 @@ class RandomNetworkDistillation(nn.Module):
         clamp: Positive = 5.0,
     ) -> None:
         super().__init__()
+        if len(observation_shape) != 1:
+            raise ValueError(
+                f"module.intrinsic_reward: expected vectors as observations, found pictures {list(observation_shape)}."
+            )
         size = vector_size(observation_shape)
         networks = [EnsembleMLP(size, features, hidden_dim=hidden_dim, layers=layers, last_gain=1.0) for _ in range(2)]
         self.predictor, self.target = networks[0], networks[1].requires_grad_(False)

@@ -93,6 +93,12 @@ class EnsembleNormalisedLinear(EnsembleLinear):
         for _ in range(15):  # or a first evaluation would divide by anything
             self._iterate()
 
+    def uniform_(self) -> "EnsembleNormalisedLinear":
+        super().uniform_()
+        for _ in range(15):
+            self._iterate()
+        return self
+
     @torch.no_grad()
     def _iterate(self) -> None:
         self.right.copy_(nn.functional.normalize(self.left @ self.weight, dim=-1))
@@ -139,6 +145,17 @@ class EnsembleSpectralLinear(EnsembleLinear):
         self.weight.div_(sigma)
 
 
+def _check_initialisation(initialisation: str) -> None:
+    if initialisation not in ("orthogonal", "uniform"):
+        raise ValueError(f"Unknown initialisation={initialisation!r}: expected one of orthogonal, uniform.")
+
+
+def _uniform_(network: nn.Module) -> None:
+    for layer in network.modules():
+        if isinstance(layer, EnsembleLinear):
+            layer.uniform_()
+
+
 @checked
 class EnsembleMLP(nn.Sequential):
     """P networks with ReLU between linear layers: [N, in] or [P, N, in] -> [P, N, out].
@@ -163,8 +180,7 @@ class EnsembleMLP(nn.Sequential):
         initialisation: str = "orthogonal",
         layer_norm: bool = False,
     ) -> None:
-        if initialisation not in ("orthogonal", "uniform"):
-            raise ValueError(f"Unknown initialisation={initialisation!r}: expected one of orthogonal, uniform.")
+        _check_initialisation(initialisation)
         parts: list[nn.Module] = []
         for _ in range(layers):
             parts += [EnsembleLinear(members, in_features, hidden_dim, gain), nn.ReLU()]
@@ -173,9 +189,7 @@ class EnsembleMLP(nn.Sequential):
             in_features = hidden_dim
         super().__init__(*parts, EnsembleLinear(members, in_features, out_features, last_gain))
         if initialisation == "uniform":
-            for layer in self:
-                if isinstance(layer, EnsembleLinear):
-                    layer.uniform_()
+            _uniform_(self)
 
     def forward(self, x: Tensor, members: Members = None) -> Tensor:
         for layer in self:
@@ -215,6 +229,7 @@ class EnsembleResidualMLP(nn.Sequential):
         spectral: matrices in blocks are ``projected`` to spectral norm 1 after each step (arXiv 2110.03375), or
             ``normalised`` by it, with its gradient (arXiv 2106.01151, 2403.13097).
         eps: of the layer normalisation.
+        initialisation: ``orthogonal`` with zero biases, or ``uniform``, PyTorch's own.
     """
 
     def __init__(
@@ -228,12 +243,16 @@ class EnsembleResidualMLP(nn.Sequential):
         last_gain: NonNegative = 0.01 * RELU_GAIN,
         spectral: str = "projected",
         eps: Positive = 1e-3,
+        initialisation: str = "orthogonal",
     ) -> None:
         if spectral not in SPECTRAL:
             raise ValueError(f"Unknown spectral={spectral!r}: expected one of {', '.join(SPECTRAL)}.")
+        _check_initialisation(initialisation)
         super().__init__(
             EnsembleLinear(members, in_features, hidden_dim, gain),
             nn.ReLU(),
             *(ResidualBlock(members, hidden_dim, gain, spectral, eps) for _ in range(blocks)),
             EnsembleLinear(members, hidden_dim, out_features, last_gain),
         )
+        if initialisation == "uniform":
+            _uniform_(self)

@@ -5,6 +5,7 @@ Dimensions: n transitions or samples, T rewards, O observation, A action.
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,7 @@ from components.wording import counted
 from datamodules.environment import EnvironmentDataModule, named_rewards
 from datamodules.environments.measured import MeasuredEnv
 from datamodules.evaluation import TransitionsTask
-from datamodules.sampling import FixedTasks, PrioritisedBatches, UniformBatches
+from datamodules.sampling import FixedTasks, PrioritisedDraws, Stacks, UniformBatches
 from datamodules.stored.transitions import TransitionDataset
 
 _CHUNK = 65536
@@ -46,7 +47,9 @@ class OfflineDataModule(EnvironmentDataModule):
         settings: further arguments of `EnvironmentDataModule`.
     """
 
-    state_structure: ClassVar = {"data": dict, "priorities": (None, {str: Tensor})}
+    state_structure: ClassVar = {"data": dict}
+    draws_by_priority = True
+    knows_next_actions = True
 
     def __init__(
         self,
@@ -132,31 +135,34 @@ class OfflineDataModule(EnvironmentDataModule):
         dataset = self._load()
         return {"observation_shape": [dataset.observation_dim], "action_dim": dataset.action_dim}
 
-    def train_dataloader(self) -> UniformBatches | PrioritisedBatches:
+    def train_dataloader(self) -> UniformBatches | Stacks:
         assert self.dataset is not None
         assert self.trainer is not None
         module = self.trainer.lightning_module
         if self._train_data is None:
-            data = self.dataset.data.select(*_LEARNED_FROM)
-            if module.next_data_actions:
-                data["next", "data_action"] = self.dataset.next_actions()
-            self._train_data = data.to(module.device if self.on_device else "cpu")
-        how = (
-            self._train_data,
-            self.share(self.batch_size, world_size()),
-            self.updates_per_step,
-            module.updates,
-            self.next_evaluation(module.updates, module.total_updates),
-            self.seed,
-        )
+            self._train_data = self._learned_from().to(module.device if self.on_device else "cpu")
+        size = self.share(self.batch_size, world_size())
+        stop = self.next_evaluation(module.updates, module.total_updates)
+        extent = (self.updates_per_step, module.updates, stop)
         if module.prioritised is None:
-            return UniformBatches(*how)
+            return UniformBatches(self._train_data, size, *extent, self.seed)
         if self._priorities is None:
             self._priorities = PriorityTree(len(self._train_data), self._train_data.device)
             if self._loaded_priorities is not None:
                 self._priorities.check(self._loaded_priorities)
                 self._priorities.load_state_dict(self._loaded_priorities)
-        return PrioritisedBatches(self._priorities, module.prioritised, self._refresh, *how)
+        draws = PrioritisedDraws(
+            self._priorities, module.prioritised, self._refresh, self._train_data, module.device, size, self.seed
+        )
+        return Stacks(partial(draws.stack, self.updates_per_step), *extent)
+
+    def _learned_from(self) -> TensorDict:
+        """What batches hold, and what methods ask for beside."""
+        dataset = self._load()
+        data = dataset.data.select(*_LEARNED_FROM)
+        if self.trainer is not None and self.trainer.lightning_module.next_data_actions:
+            data["next", "data_action"] = dataset.next_actions()
+        return data
 
     def _refresh(self) -> None:
         """Take the priorities that the last update gave. Processes share the data, and so these."""
@@ -164,7 +170,8 @@ class OfflineDataModule(EnvironmentDataModule):
         assert self._priorities is not None
         given = self.trainer.lightning_module.take_priorities()
         if given is not None:
-            self._priorities.change(*map(gather_rows, given))
+            device = self._priorities.logits.device
+            self._priorities.change(*(gather_rows(each).to(device) for each in given))
 
     def observation_statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation [O] of the observations that are learned from."""
@@ -174,10 +181,11 @@ class OfflineDataModule(EnvironmentDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         assert self.dataset is not None
-        if self._priorities is None:
-            return {"data": self._fingerprint(), "priorities": None}
-        self._refresh()
-        return {"data": self._fingerprint(), "priorities": self._priorities.state_dict()}
+        state: dict[str, Any] = {"data": self._fingerprint()}
+        if self._priorities is not None:
+            self._refresh()
+            state["priorities"] = self._priorities.state_dict()
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the priorities of rows; refuse to go on with other data than the run began with."""
@@ -188,7 +196,7 @@ class OfflineDataModule(EnvironmentDataModule):
             raise ValueError(
                 "datamodule.dataset: expected the data that the checkpoint's run was trained on, found others."
             )
-        self._loaded_priorities = state_dict["priorities"]
+        self._loaded_priorities = state_dict.get("priorities")
 
     def _fingerprint(self) -> dict[str, Any]:
         """What tells data apart: the checksums of stored files, the recipe of data that are made anew each time."""
@@ -210,7 +218,7 @@ class OfflineDataModule(EnvironmentDataModule):
     def evaluation_tasks(self, episodes: int) -> list[Any]:
         if self.rolls_out:
             return super().evaluation_tasks(episodes)
-        data = self._load().data.select(*_LEARNED_FROM)
+        data = self._learned_from()
         generator = torch.Generator().manual_seed(self.evaluation_seed)
         return [TransitionsTask("data", data[torch.randint(len(data), (self.batch_size,), generator=generator)])]
 

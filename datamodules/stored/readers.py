@@ -193,12 +193,14 @@ def read_ogbench(
     Args:
         goal: where to be, two numbers or more; None for rewards of 0.
         first: the place in `qpos` of the goal's first coordinate: 0 of a body in a maze, 15 of an ant's ball.
-        tolerance: distance that counts as there.
+        tolerance: distance that counts as there: 0.5, or 1 of a point in a maze.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is truncated, lacks a key, or has other lengths, sizes or values than expected.
     """
+    if goal is not None and len(goal) < 2:
+        raise ValueError(f"goal={list(goal)}: expected at least two numbers, found {len(goal)}.")
     file = Path(file)
     with NpzFile(file) as npz:
         optional = [key for key in ("qpos", "qvel") if key in npz]

@@ -11,7 +11,7 @@ SMALL = (
     "experiment=walker_behaviours",
     *(f"~arms.{arm}" for arm in ("run", "walk", "stand", "spin")),
     "callbacks.films=null",
-    "callbacks.policy_export.stages={early: 4, late: 8}",
+    "callbacks.policy_export.stages={early: 4, middle: 8, late: 8}",
     "module.updates=8",
     "module.log_every=4",
     "module.critic.hidden_dim=8",
@@ -31,8 +31,8 @@ def test_policies_of_stages_are_kept_with_how_they_were_made(program, tmp_path):
     assert finished.code == 0, finished.err
     folder = finished.folder / "policies" / "seed_0"
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert list(manifest) == ["explore_early", "explore_late"]
-    assert [made["updates"] for made in manifest.values()] == [4, 8]
+    assert list(manifest) == ["explore_early", "explore_late", "explore_middle"]
+    assert [made["updates"] for made in manifest.values()] == [4, 8, 8]
     late = manifest["explore_late"]
     assert late["command"].startswith("python ")
     assert late["seed"] == 0
@@ -50,3 +50,7 @@ def test_stages_come_with_evaluations(program, tmp_path):
     refused = program(*SMALL, f"output_root={tmp_path}", "callbacks.policy_export.stages={early: 2}")
     assert refused.code == 1
     assert "callbacks.policy_export.stages.early=2: expected a multiple of datamodule.evaluate_every=4" in refused.err
+    refused = program(*SMALL, f"output_root={tmp_path}", "callbacks.policy_export.stages={late: 12}")
+    assert "stages.late=12: expected a multiple of datamodule.evaluate_every=4 up to module.updates=8" in refused.err
+    refused = program(*SMALL, f"output_root={tmp_path}", "module.critic.hidden_dim=8", "module/actor=deterministic")
+    assert "The policy of DeterministicActor: expected a tanh-Gaussian actor of linear layers alone" in refused.err

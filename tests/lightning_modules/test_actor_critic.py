@@ -1,5 +1,6 @@
 import copy
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from components.control.actors import (
     GaussianActor,
     ScheduledNoiseActor,
 )
+from components.control.novelty import RandomNetworkDistillation
 from components.control.pessimism import (
     DualPessimism,
     FixedPessimism,
@@ -565,9 +567,37 @@ def test_priorities_over_a_state_value_are_its_advantages(transitions):
     torch.testing.assert_close(logit[:16], made.advantages(drawn["observation"], drawn["action"]).detach() / 0.5)
 
 
-def test_priorities_ask_for_a_datamodule_that_draws_by_them(transitions):
-    with pytest.raises(ValueError, match=r"module.objective: expected a datamodule that draws by priorities"):
-        sampled().update(transitions(8))
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (
+            sampled(),
+            r"expected one that draws by priorities, such as datamodule=offline, for this module, found object",
+        ),
+        (td3(critic_cloning=0.1), r"expected one that knows the actions that come next, such as datamodule=offline"),
+    ],
+)
+def test_what_data_have_to_offer_is_checked_before_training(made, message):
+    made.trainer = SimpleNamespace(datamodule=object())
+    with pytest.raises(ValueError, match=message):
+        made.on_fit_start()
+
+
+def test_what_would_have_no_effect_is_refused(transitions):
+    with pytest.raises(
+        ValueError, match=r"critic_cloning=0.1: expected null where critics bootstrap from module.value"
+    ):
+        td3(critic_cloning=0.1, value=partial(StateValue, network=NETWORK))
+    batch = transitions(8)
+    batch["next", "action"] = batch["action"]
+    with pytest.raises(ValueError, match=r"critic_cloning=0.1: expected null where data say the next action"):
+        td3(critic_cloning=0.1).update(batch)
+    novel = agent(intrinsic_reward=partial(RandomNetworkDistillation, features=4, hidden_dim=8))
+    assert all(value.isfinite() for value in novel.update(transitions(8)).values())
+    batch = transitions(8)
+    batch["steps_to_next_obs"] = torch.ones(8, 1)
+    with pytest.raises(ValueError, match=r"module.intrinsic_reward: expected datamodule.n_step=1"):
+        novel.update(batch)
 
 
 @pytest.mark.slow

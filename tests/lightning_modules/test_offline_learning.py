@@ -17,7 +17,7 @@ from components.control.pessimism import FixedPessimism
 from components.control.state_value import StateValue
 from components.networks.ensemble import EnsembleMLP
 from components.priority_tree import PriorityTree
-from datamodules.sampling import PrioritisedBatches, UniformBatches
+from datamodules.sampling import PrioritisedDraws, UniformBatches
 from lightning_modules.actor_critic import ActorCritic
 
 NETWORK = partial(EnsembleMLP, hidden_dim=32)
@@ -59,8 +59,8 @@ def test_all_but_the_clone_find_the_best_action(name):
         batches = (stack[0] for stack in UniformBatches(data, 64, 1, 0, 400, seed=0))
     else:
         tree = PriorityTree(len(data))
-        stacks = PrioritisedBatches(tree, agent.prioritised, lambda: None, data, 64, 1, 0, 400, seed=0)
-        batches = (stack[0] for stack in stacks)
+        draw = PrioritisedDraws(tree, agent.prioritised, lambda: None, data, "cpu", 64, seed=0)
+        batches = map(draw, range(400))
     for batch in batches:
         metrics = agent.update(batch)
         if agent.prioritised is not None:

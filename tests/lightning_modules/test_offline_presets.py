@@ -240,6 +240,24 @@ def test_networks_with_blocks_take_the_places_of_simple_ones(agent, transitions)
     assert all(value.isfinite() for value in made.update(batch).values())
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_evaluated_on_stored_transitions(preset, agent):
+    made, batch = agent(f"preset={preset}")
+    if made.next_data_actions:
+        batch["next", "data_action"] = batch["action"]
+    assert all(value.isfinite() for value in made.fit(batch).values())
+
+
+def test_state_values_may_have_blocks(agent):
+    made, batch = agent("preset=mood_iql", "module/network@module.value.network=residual")
+    weight = made.value.network[0].weight[0]
+    assert not torch.allclose(
+        weight @ weight.T, 2 * torch.eye(5), atol=0.1
+    )  # PyTorch's own start, not an orthogonal one
+    assert weight.abs().max() <= 1 / math.sqrt(5)
+    assert all(value.isfinite() for value in made.update(batch).values())
+
+
 def test_every_preset_is_tried():
     found = {path.stem for path in (CONFIGS / "preset").glob("*.yaml")}
     assert {name for name in found if name.startswith(("mood", "corl", "rebrac"))} == {*PRESETS, "mood_code"}

@@ -106,5 +106,9 @@ def test_normalised_blocks_keep_what_they_compute_through_a_state_and_a_copy():
     network.eval()
     assert torch.equal(network(x), other(x))
     assert torch.equal(network(x), anew(x))
+    uniform = EnsembleResidualMLP(4, 2, 3, hidden_dim=8, spectral="normalised", initialisation="uniform")
+    layer = uniform[2].branch[1]
+    sigma = ((layer.left @ layer.weight) * layer.right).sum(-1)[:, 0]
+    assert torch.allclose(sigma, torch.linalg.svdvals(layer.weight)[:, 0], rtol=0.05)
     with pytest.raises(ValueError, match=r"Unknown spectral='norm': expected one of projected, normalised"):
         EnsembleResidualMLP(4, 2, spectral="norm")

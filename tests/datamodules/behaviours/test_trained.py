@@ -1,10 +1,14 @@
 import json
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from datamodules.behaviours.trained import BEHAVIOURS, TrainedPolicies, load_policy
+from components.control.actors import ActorPolicy, DeterministicActor, GaussianActor
+from components.networks.encoders import FlatObservations, StandardisedObservations
+from components.networks.ensemble import EnsembleMLP
+from datamodules.behaviours.trained import BEHAVIOURS, TrainedPolicies, load_policy, save_policy
 from datamodules.environments.batched_mujoco import BatchedMujocoEnv
 from datamodules.environments.domains import DOMAINS
 
@@ -52,11 +56,21 @@ def test_shipped_policies_do_what_they_learned():
 def test_rows_are_driven_by_their_own_policy(tmp_path):
     paths = [BEHAVIOURS / "walker" / f"{name}.safetensors" for name in ("run_early", "walk_late")]
     observation = torch.randn(6, 24)
+    policies, alone = TrainedPolicies(paths, 3), [load_policy(path) for path in paths]
     torch.manual_seed(0)
-    actions = TrainedPolicies(paths, 3)(observation)
+    actions = policies(observation)
     torch.manual_seed(0)
-    expected = [load_policy(path).explore(observation[rows]) for path, rows in zip(paths, (slice(3), slice(3, 6)))]
+    expected = [policy.explore(observation[rows]) for policy, rows in zip(alone, (slice(3), slice(3, 6)))]
     assert torch.equal(actions, torch.cat(expected))
+
+
+def test_what_was_saved_is_loaded_whatever_its_depth_and_noise(tmp_path):
+    actor = GaussianActor(4, 2, partial(EnsembleMLP, hidden_dim=8, layers=6, last_gain=1.0), log_std_range=(-3.0, 0.0))
+    save_policy(ActorPolicy(FlatObservations([4]), actor, "explore"), tmp_path / "a.safetensors")
+    loaded, observation = load_policy(tmp_path / "a.safetensors"), torch.randn(5, 4)
+    ours, theirs = actor(observation), loaded(observation)
+    assert torch.equal(ours.mean, theirs.mean)
+    assert torch.equal(ours.std, theirs.std)
 
 
 def test_files_that_are_no_policies_are_refused(tmp_path):
@@ -69,9 +83,24 @@ def test_files_that_are_no_policies_are_refused(tmp_path):
         load_policy(path)
     for state in ({"critic.weight": torch.ones(2, 2)}, {"actor.network.0.weight": torch.ones(1, 3, 4)}):
         save_file(state, path)
-        with pytest.raises(ValueError, match=r"a.safetensors: expected the weights of a tanh-Gaussian actor, found"):
+        with pytest.raises(ValueError, match=r"a.safetensors: expected a tanh-Gaussian actor of linear layers alone"):
             load_policy(path)
     state = load_policy(BEHAVIOURS / "walker/run_early.safetensors").state_dict()
-    save_file({f"actor.{name}": torch.full_like(value, torch.nan) for name, value in state.items()}, path)
+    metadata = {"actor": "tanh-Gaussian", "log_std_range": "[-10.0, 2.0]"}
+    save_file({f"actor.{name}": torch.full_like(value, torch.nan) for name, value in state.items()}, path, metadata)
     with pytest.raises(ValueError, match=r"a.safetensors: expected finite weights"):
         load_policy(path)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        ActorPolicy(FlatObservations([4]), DeterministicActor(4, 6), "explore"),
+        ActorPolicy(FlatObservations([4]), GaussianActor(4, 2, partial(EnsembleMLP, layer_norm=True)), "explore"),
+        ActorPolicy(StandardisedObservations([4]), GaussianActor(4, 2), "explore"),
+    ],
+)
+def test_policies_that_could_not_be_loaded_are_not_saved(policy, tmp_path):
+    with pytest.raises(ValueError, match=r"^The policy of .*: expected a tanh-Gaussian actor of linear layers alone"):
+        save_policy(policy, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())

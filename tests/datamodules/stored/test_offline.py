@@ -2,6 +2,7 @@
 
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -278,10 +279,14 @@ def test_priorities_go_on_from_a_checkpoint_with_those_that_were_not_taken_yet()
         fit.to(16)
     for one, other in zip(whole.lightning_module.drawn[8:], resumed.lightning_module.drawn, strict=True):
         assert torch.equal(one["index"], other["index"])
-    wrong = Fit("batch")
-    wrong.data.load_state_dict({**state, "priorities": {"level_0": torch.zeros(3)}})
-    with pytest.raises(ValueError, match=r"priorities.level_0: expected numbers \[8, 128\], found others"):
-        wrong.data.train_dataloader()
+    for damaged, message in (
+        ({"level_0": torch.zeros(3)}, r"priorities.level_0: expected numbers \[8, 128\], found others"),
+        ([1], r"priorities: expected those of 960 rows, found list"),
+    ):
+        wrong = Fit("batch")
+        wrong.data.load_state_dict({**state, "priorities": damaged})
+        with pytest.raises(ValueError, match=message):
+            wrong.data.train_dataloader()
 
 
 def test_statistics_and_next_actions_are_those_of_what_is_learned_from():
@@ -297,3 +302,20 @@ def test_statistics_and_next_actions_are_those_of_what_is_learned_from():
         else:
             assert following[row].isnan().all()
     assert following.isnan().all(-1).sum() == 3
+
+
+def test_a_method_that_forgets_its_priorities_is_named(monkeypatch):
+    fit = Fit("batch")
+    monkeypatch.setattr(Replay, "update", lambda self, batch: TensorDict({"weight": torch.ones(())}))
+    with pytest.raises(ValueError, match=r"Replay.update: expected priorities, an index and a logit for each row"):
+        fit.to(2)
+
+
+def test_evaluations_without_an_environment_have_the_next_actions_that_are_asked_for():
+    module = datamodule(None)
+    module.setup("fit")
+    (task,) = module.val_dataloader()
+    assert ("next", "data_action") not in task.transitions.keys(True)
+    module.trainer = SimpleNamespace(lightning_module=SimpleNamespace(next_data_actions=True))
+    (task,) = module.val_dataloader()
+    assert task.transitions["next", "data_action"].shape == (8, 2)

@@ -354,6 +354,8 @@ def test_ogbench_rewards_are_of_states_at_the_goal(tmp_path):
     assert data["next", "reward"][:, 0].tolist() == [-1, -1, 0, -1, -1]
     assert data["next", "terminated"][:, 0].tolist() == [False, False, True, False, False]
     assert data["next", "reward"].dtype == torch.float32
+    with pytest.raises(ValueError, match=r"^goal=\[\]: expected at least two numbers, found 0\.$"):
+        read_ogbench(tmp_path / "a.npz", goal=[])
 
 
 @pytest.mark.parametrize(
