@@ -57,6 +57,8 @@ def select(saved: State, own: State, parts: Sequence[str] | None = None) -> dict
     if found is not None:
         fitting = [word for word in words(own) if difference(_part(saved, [word]), _part(own, [word])) is None]
         advice = f"what fits is init_parts=[{','.join(fitting)}]" if fitting else "no part of it fits"
+        if homeless := [word for word in words(saved) if word not in words(own)]:
+            advice += f", without {', '.join(homeless)}, for which there is no place here"
         raise ValueError(f"{found}; {advice}.")
     return dict(chosen[0])
 
