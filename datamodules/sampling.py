@@ -125,8 +125,9 @@ class DrawnInTurn:
     def shape(self) -> tuple[int]:
         return (self.count,)
 
-    def __getitem__(self, index: int) -> TensorDict:
-        return self.draw(self.first + index)
+    def unbind(self, dim: int) -> Iterator[TensorDict]:
+        """The batches one after the other; the first dimension is the only one."""
+        return map(self.draw, range(self.first, self.first + self.count))
 
 
 def _sent(drawn: Tensor, device: torch.device | None) -> Tensor:

@@ -134,6 +134,8 @@ class ActorCritic(LearningMethod):
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False) if target_actor else None
 
+        # Or it draws some of the critics, or compares what they say of the return's distribution.
+        self._judges_all = quantiles == 1 and pessimism.actor_members(members, torch.device("cpu")) is None
         self.members = members
         self.discount = discount
         self.critic_loss_weight = critic_loss_weight
@@ -281,15 +283,16 @@ class ActorCritic(LearningMethod):
                     f"module.critic_cloning={self.critic_cloning}: expected null where data say the next action "
                     "(SARSA)."
                 )
-            next_action, bonus = batch["next", "action"], 0.0
+            next_action, bonus = batch["next", "action"], None
         else:
             next_action, log_prob = (self.target_actor or self.actor).bootstrap(features)
-            bonus = -(self.alpha() * log_prob)[:, None]
+            bonus = None if self.temperature is None else -(self.temperature() * log_prob)[:, None]
             if self.critic_cloning is not None:
-                bonus = bonus - self.critic_cloning * self._distance(batch, next_action)
+                penalty = -self.critic_cloning * self._distance(batch, next_action)
+                bonus = penalty if bonus is None else bonus + penalty
         q = self.target_critic(features, next_action, self.pessimism.target_members(self.members, features.device))
-        value = checked_value(self.pessimism, "target", self.pessimism.target(q), q.shape[1:]) + bonus
-        return self._bootstrapped(batch, value)
+        value = checked_value(self.pessimism, "target", self.pessimism.target(q), q.shape[1:])
+        return self._bootstrapped(batch, value if bonus is None else value + bonus)
 
     def _distance(self, batch: TensorDict, next_action: Tensor) -> Tensor:
         """Squared, of next actions from the data's, [B, 1]; 0 where an episode ends and the data have none."""
@@ -331,7 +334,8 @@ class ActorCritic(LearningMethod):
         """The critics' loss, their errors [P, B] and metrics."""
         q = self.critic(features, action)
         loss, errors = critic_loss(q, target)
-        loss = self.critic_loss_weight * loss
+        if self.critic_loss_weight != 1:
+            loss = self.critic_loss_weight * loss
         return loss, errors, {"critic_loss": loss.detach(), "td_error": errors.mean(), "q_mean": q.detach().mean()}
 
     def actor_loss(
@@ -355,7 +359,14 @@ class ActorCritic(LearningMethod):
             lambda each: believed(self.critic, self.pessimism, self.members, features, each),
             advantage,
             entropy_weight,
+            self._judge if self._judges_all else None,
         )
+
+    def _judge(self, values: Tensor) -> Tensor:
+        """What the agent believes where all critics say [P, ..., B]."""
+        rows = values.shape[1:]
+        value = self.pessimism.actor(values.flatten(1).unsqueeze(-1))
+        return checked_value(self.pessimism, "actor", value, [rows.numel()]).unflatten(0, rows)
 
     @torch.no_grad()
     def _prioritise(self, batch: TensorDict) -> tuple[TensorDict, dict[str, Tensor]]:

@@ -242,8 +242,8 @@ class LearningMethod(L.LightningModule, ABC):
     def training_step(self, batch: TensorDict, batch_idx: int) -> None:
         assert batch.shape[0] == self.updates_per_step
         self._anneal()
-        for index in range(self.updates_per_step):
-            metrics = self.run_update(batch[index])
+        for each in batch.unbind(0):
+            metrics = self.run_update(each)
             if self.prioritised is not None:
                 if self.updates == self._began and "priorities" not in metrics.keys():  # noqa: SIM118 - a TensorDict
                     raise ValueError(
@@ -253,7 +253,9 @@ class LearningMethod(L.LightningModule, ABC):
                 self._priorities, metrics = metrics["priorities"], metrics.exclude("priorities")
             if self.updates == self._began:
                 self._check_metrics(metrics)
-            self.tally(tuple(metrics.keys()), torch.stack([value.detach().float() for value in metrics.values()]), 1)
+            with torch.no_grad():
+                values = torch.stack(list(metrics.values())).float()
+            self.tally(tuple(metrics.keys()), values, 1)
             self.updates += 1
         if self.updates % self.log_every == 0:
             self._record_training_metrics()

@@ -35,12 +35,14 @@ class Critic:
         believed: of actions [..., N, A], what the agent makes of that, [..., N], as pessimistic as it is.
         advantage: of the data's actions over a state value, [N]; None where no state value is learned.
         entropy_weight: by how much -log pi counts as reward; None where it does not.
+        judge: what the agent makes of what all members say, [P, ..., N] -> [..., N]; None where it asks some of them.
     """
 
     values: Callable[[Tensor], Tensor]
     believed: Callable[[Tensor], Tensor]
     advantage: Tensor | None = None
     entropy_weight: Tensor | None = None
+    judge: Callable[[Tensor], Tensor] | None = None
 
     def value(self, action: Tensor, pessimism: float | None) -> Tensor:
         """[..., N, A] -> [..., N]: the mean less `pessimism` times the disagreement, or what the agent believes."""
@@ -78,12 +80,16 @@ def advantages(
             )
         return critic.advantage, {}
     sampled = policy.sample((samples,))
-    if pessimism is None or data_pessimism is None:
+    if critic.judge is None and (pessimism is None or data_pessimism is None):
         value = critic.value(sampled, pessimism).mean(0)
         return critic.value(action, data_pessimism) - value, {"actor_value": value.mean()}
+
+    def judged(values: Tensor, by: float | None) -> Tensor:
+        return critic.judge(values) if by is None else pessimistic_mean(values, by)
+
     values = critic.values(torch.cat([sampled, action.unsqueeze(0)]))  # [P, S + 1, N]
-    value = pessimistic_mean(values[:, :-1], pessimism).mean(0)
-    return pessimistic_mean(values[:, -1], data_pessimism) - value, {"actor_value": value.mean()}
+    value = judged(values[:, :-1], pessimism).mean(0)
+    return judged(values[:, -1], data_pessimism) - value, {"actor_value": value.mean()}
 
 
 @buildable()
@@ -201,7 +207,7 @@ class AdvantageWeighted:
             metrics["effective_sample_size"] = effective_sample_size(weights)
             metrics["max_weight"] = weights.max()
             # Gradients are averaged over processes while the loss is a sum over the whole batch.
-            own_weights = own_rows(weights) * world_size()
+            own_weights = own_rows(weights) * world_size() if world_size() > 1 else weights
         log_prob = REDUCTIONS[self.over_action](policy.log_prob(action), action.shape[-1])
         metrics["behaviour_distance"] = (policy.mean.detach() - action).square().mean()
         return -REDUCTIONS[self.over_batch]((own_weights * log_prob).sum(), len(weights)), metrics
