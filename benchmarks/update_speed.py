@@ -311,7 +311,12 @@ def main() -> None:
     )
     for module, plain in {"awac": AWAC, "iql": IQL}.items():
         report_actor_critic(
-            [f"module={module}", "datamodule=offline", "datamodule.dataset.path=none"],
+            [
+                f"module={module}",
+                "datamodule=offline",
+                "datamodule.dataset.path=none",
+                "datamodule.updates_per_step=20",
+            ],
             partial(_offline, plain),
             f"{module.upper()}, two critics 256-256",
             **extent,

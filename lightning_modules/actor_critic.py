@@ -22,11 +22,12 @@ from components.control.actor_objectives import AdvantageSampled, Critic, Object
 from components.control.actors import Actor, ActorPolicy, EntropyTemperature
 from components.control.critics import BestOfPolicy, Critics, believed, critic_loss
 from components.control.novelty import RandomNetworkDistillation
-from components.control.pessimism import Pessimism, checked_value
+from components.control.pessimism import Pessimism, checked_value, mean_over
 from components.control.state_value import StateValue
 from components.networks.diagnostics import correlation, effective_rank, jacobian_norm
 from components.networks.ema import polyak_update
 from components.networks.encoders import Encoder, FlatObservations, evaluating
+from components.networks.optimizers import FusedAdam
 from lightning_modules.base import LearningMethod
 
 
@@ -152,9 +153,7 @@ class ActorCritic(LearningMethod):
         self.value_limit = value_limit
 
         def adam(parameters: Any, learning_rate: float, momentum: float = 0.9, eps: float = 1e-8):
-            return self.register_optimizer(
-                torch.optim.Adam(parameters, learning_rate, betas=(momentum, 0.999), eps=eps, fused=True)
-            )
+            return self.register_optimizer(FusedAdam(parameters, learning_rate, betas=(momentum, 0.999), eps=eps))
 
         # One optimiser for all that one loss trains: Adam treats each parameter by itself.
         groups = [{"params": list(self.critic.parameters())}, *self.encoder.parameter_groups(encoder_learning_rate)]
@@ -327,7 +326,7 @@ class ActorCritic(LearningMethod):
         """How much better than the state value the target critics believe actions to be, [B], with V's gradient."""
         with torch.no_grad():
             q = self.target_critic(features, action, self.pessimism.target_members(self.members, features.device))
-            q = checked_value(self.pessimism, "target", self.pessimism.target(q), q.shape[1:]).mean(-1)
+            q = mean_over(checked_value(self.pessimism, "target", self.pessimism.target(q), q.shape[1:]), -1)
         return q - self.value(features)
 
     def critic_loss(self, features: Tensor, action: Tensor, target: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -355,7 +354,7 @@ class ActorCritic(LearningMethod):
     def _critic_at(self, features: Tensor, advantage: Tensor | None, entropy_weight: Tensor | None = None) -> Critic:
         """What objectives may ask about actions at these states [B, F]."""
         return Critic(
-            lambda each: self.critic(features, each).mean(-1),
+            lambda each: mean_over(self.critic(features, each), -1),
             lambda each: believed(self.critic, self.pessimism, self.members, features, each),
             advantage,
             entropy_weight,

@@ -31,6 +31,7 @@ from components.control.pessimism import pessimistic_mean
 from components.control.policies import ClippedGaussianPolicy
 from components.distributed import gather_rows, rank
 from components.networks.ema import polyak_update
+from components.networks.optimizers import FusedAdam
 from lightning_modules.base import LearningMethod
 
 ORTHONORMALITY_SCALE = {"half": 1.0, "full": 2.0}
@@ -151,17 +152,14 @@ class ForwardBackward(LearningMethod):
         self.evaluation_pessimism = evaluation_pessimism
 
         self.representation_optimizer = self.register_optimizer(
-            torch.optim.Adam(
+            FusedAdam(
                 [
                     {"params": list(self.forward_map.parameters()), "lr": learning_rate},
                     {"params": list(self.backward_map.parameters()), "lr": backward_learning_rate},
-                ],
-                fused=True,
+                ]
             )
         )
-        self.actor_optimizer = self.register_optimizer(
-            torch.optim.Adam(self.actor.parameters(), lr=actor_learning_rate, fused=True)
-        )
+        self.actor_optimizer = self.register_optimizer(FusedAdam(self.actor.parameters(), lr=actor_learning_rate))
 
     # -- learning -----------------------------------------------------------------------------------------------------
 

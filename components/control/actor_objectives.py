@@ -17,10 +17,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 from components.buildable import buildable
 from components.checks import NonNegative, Number, Positive, Size, checked
-from components.control.pessimism import pessimistic_mean
+from components.control.pessimism import mean_over, pessimistic_mean
 from components.control.policies import Policy
 from components.control.weighting import MODES, advantage_weights, effective_sample_size
 from components.distributed import gather_rows, own_rows, world_size
@@ -81,14 +82,14 @@ def advantages(
         return critic.advantage, {}
     sampled = policy.sample((samples,))
     if critic.judge is None and (pessimism is None or data_pessimism is None):
-        value = critic.value(sampled, pessimism).mean(0)
+        value = mean_over(critic.value(sampled, pessimism), 0)
         return critic.value(action, data_pessimism) - value, {"actor_value": value.mean()}
 
     def judged(values: Tensor, by: float | None) -> Tensor:
         return critic.judge(values) if by is None else pessimistic_mean(values, by)
 
     values = critic.values(torch.cat([sampled, action.unsqueeze(0)]))  # [P, S + 1, N]
-    value = judged(values[:, :-1], pessimism).mean(0)
+    value = mean_over(judged(values[:, :-1], pessimism), 0)
     return judged(values[:, -1], data_pessimism) - value, {"actor_value": value.mean()}
 
 
@@ -198,7 +199,7 @@ class AdvantageWeighted:
             advantage, metrics = advantages(
                 policy, action, critic, self.advantage, self.value_samples, self.pessimism, self.data_pessimism
             )
-            metrics |= {"advantage": advantage.mean(), "advantage_std": advantage.std()}
+            metrics["advantage_std"], metrics["advantage"] = torch.std_mean(advantage)
             if self.max_advantage is not None:
                 advantage = advantage.clamp(max=self.max_advantage)
             weights = advantage_weights(
@@ -209,7 +210,7 @@ class AdvantageWeighted:
             # Gradients are averaged over processes while the loss is a sum over the whole batch.
             own_weights = own_rows(weights) * world_size() if world_size() > 1 else weights
         log_prob = REDUCTIONS[self.over_action](policy.log_prob(action), action.shape[-1])
-        metrics["behaviour_distance"] = (policy.mean.detach() - action).square().mean()
+        metrics["behaviour_distance"] = mse_loss(policy.mean.detach(), action)
         return -REDUCTIONS[self.over_batch]((own_weights * log_prob).sum(), len(weights)), metrics
 
 
@@ -230,7 +231,7 @@ class BehaviourCloning:
 
     def __call__(self, policy: Policy, action: Tensor, critic: Critic) -> tuple[Tensor, dict[str, Tensor]]:
         log_prob = REDUCTIONS[self.over_action](policy.log_prob(action), action.shape[-1])
-        return -log_prob.mean(), {"behaviour_distance": (policy.mean.detach() - action).square().mean()}
+        return -log_prob.mean(), {"behaviour_distance": mse_loss(policy.mean.detach(), action)}
 
 
 @buildable()
@@ -268,4 +269,5 @@ class AdvantageSampled:
         advantage, metrics = advantages(
             policy, action, critic, self.advantage, self.value_samples, self.pessimism, self.data_pessimism
         )
-        return advantage / self.temperature, metrics | {"advantage": advantage.mean(), "advantage_std": advantage.std()}
+        metrics["advantage_std"], metrics["advantage"] = torch.std_mean(advantage)
+        return advantage / self.temperature, metrics

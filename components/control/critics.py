@@ -110,8 +110,8 @@ def critic_loss(q: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """
     target = target.detach()
     if q.shape[-1] == target.shape[-1] == 1:
-        errors = q - target
-        return 0.5 * errors.square().sum((0, 2)).mean(), errors.detach().squeeze(-1)
+        loss = nn.functional.mse_loss(q, target.expand_as(q), reduction="sum") / (2 * len(target))
+        return loss, (q.detach() - target).squeeze(-1)
     errors = q.detach().mean(-1) - target.mean(-1)
     fractions = (torch.arange(q.shape[-1], device=q.device, dtype=q.dtype) + 0.5) / q.shape[-1]
     ahead = target[:, None, :] - q[..., None]  # [P, B, M, K]

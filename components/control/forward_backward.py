@@ -52,7 +52,7 @@ class InputEmbedding(nn.Sequential):
         else:
             first, norm = EnsembleLinear(members, in_features, hidden_dim, gain), EnsembleLayerNorm(members, hidden_dim)
             second = EnsembleLinear(members, hidden_dim, hidden_dim // 2, gain)
-        super().__init__(first, norm, nn.Tanh(), second, nn.ReLU())
+        super().__init__(first, norm, nn.Tanh(), second, nn.ReLU(inplace=True))
 
 
 @checked
@@ -84,7 +84,7 @@ class ForwardMap(nn.Module):
         width = 2 * (hidden_dim // 2)
         self.head = nn.Sequential(
             EnsembleLinear(members, width, hidden_dim, gain),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             EnsembleLinear(members, hidden_dim, features, gain),
         )
 
@@ -121,7 +121,7 @@ class BackwardMap(nn.Module):
                 nn.LayerNorm(hidden_dim),
                 nn.Tanh(),
                 linear(hidden_dim, hidden_dim),
-                nn.ReLU(),
+                nn.ReLU(inplace=True),
                 linear(hidden_dim, self.block_dim),
             )
             for k in range(blocks)
@@ -219,7 +219,10 @@ class ZConditionedActor(nn.Module):
         self.embed = InputEmbedding(observation_dim, hidden_dim, gain=gain)
         self.embed_z = InputEmbedding(observation_dim + features, hidden_dim, gain=gain)
         self.head = nn.Sequential(
-            linear(2 * (hidden_dim // 2), hidden_dim, gain), nn.ReLU(), linear(hidden_dim, action_dim, gain), nn.Tanh()
+            linear(2 * (hidden_dim // 2), hidden_dim, gain),
+            nn.ReLU(inplace=True),
+            linear(hidden_dim, action_dim, gain),
+            nn.Tanh(),
         )
 
     def forward(self, observation: Tensor, z: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class ClippedGaussianPolicy:
         if clip is not None:
             noise = noise.clamp(-clip, clip)
         if self.bounded:
-            return mean + torch.maximum(torch.minimum(noise, 1.0 - mean), -1.0 - mean)
+            return mean + noise.clamp(-1.0 - mean, 1.0 - mean)
         return straight_through_clamp(mean + noise, -self.bound, self.bound)
 
     def sample_with_log_prob(self, sample_shape: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:

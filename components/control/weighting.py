@@ -56,4 +56,4 @@ def advantage_weights(
 
 def effective_sample_size(weights: Tensor) -> Tensor:
     """Number of equally weighted samples with the same variance, (sum w)^2 / sum w^2: [N] -> scalar."""
-    return weights.sum().square() / weights.square().sum()
+    return weights.sum().square() / weights.dot(weights)

@@ -183,7 +183,7 @@ class EnsembleMLP(nn.Sequential):
         _check_initialisation(initialisation)
         parts: list[nn.Module] = []
         for _ in range(layers):
-            parts += [EnsembleLinear(members, in_features, hidden_dim, gain), nn.ReLU()]
+            parts += [EnsembleLinear(members, in_features, hidden_dim, gain), nn.ReLU(inplace=True)]
             if layer_norm:
                 parts.append(EnsembleLayerNorm(members, hidden_dim))
             in_features = hidden_dim
@@ -193,7 +193,7 @@ class EnsembleMLP(nn.Sequential):
 
     def forward(self, x: Tensor, members: Members = None) -> Tensor:
         for layer in self:
-            x = layer(x) if isinstance(layer, nn.ReLU) else layer(x, members)
+            x = x.relu_() if isinstance(layer, nn.ReLU) else layer(x, members)  # without a call of a module
         return x
 
 
@@ -210,7 +210,7 @@ class ResidualBlock(nn.Module):
         self.branch = nn.Sequential(
             EnsembleLayerNorm(members, dim, eps),
             linear(members, dim, dim, gain),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             linear(members, dim, dim, gain),
         )
 
@@ -250,7 +250,7 @@ class EnsembleResidualMLP(nn.Sequential):
         _check_initialisation(initialisation)
         super().__init__(
             EnsembleLinear(members, in_features, hidden_dim, gain),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             *(ResidualBlock(members, hidden_dim, gain, spectral, eps) for _ in range(blocks)),
             EnsembleLinear(members, hidden_dim, out_features, last_gain),
         )
