@@ -4,32 +4,30 @@ Dimensions: N environments of this process, T steps of a collection, B batch.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torchrl.collectors import AsyncCollector, Collector
 
 from components.checks import Count, Range, Share, Size, checked
 from components.distributed import rank, world_size
-from components.networks.states import difference
 from components.structure import COUNT
-from datamodules.environment import EnvironmentDataModule
+from datamodules.collecting import CollectingDataModule
 from datamodules.environments.measured import MeasuredEnv
 from datamodules.replay import STORAGES, ReplayBuffer, delete_replay_files
 from datamodules.sampling import Stacks, batch_generator
 
 COLLECTORS = ("sync", "async", "ray")
-_EPISODES = ("episode_return", "episode_length")
 
 
 @checked
-class OnlineDataModule(EnvironmentDataModule):
+class OnlineDataModule(CollectingDataModule):
     """A collector, its replay buffer, and batches drawn from it in step with the collection.
 
     Environment steps and updates keep a fixed ratio: update u is made once `random_steps` + u / `updates_per_env_step`
@@ -37,7 +35,7 @@ class OnlineDataModule(EnvironmentDataModule):
     episodes' statistics) travels in the checkpoint or beside it.
 
     Args:
-        environment, protocols: see `EnvironmentDataModule`.
+        environment, protocols, num_envs: see `CollectingDataModule`.
         replay_folder: where the replay buffer's files lie.
         collector: ``sync`` collects between updates, in this process. ``async`` collects beside them, in a process of
             its own with a copy of the policy that is one collection old, or newer. Its environments begin new episodes
@@ -45,7 +43,6 @@ class OnlineDataModule(EnvironmentDataModule):
             repeated exactly. ``ray`` collects in `workers` processes of a Ray cluster, a local one if there is no
             other, while the learner waits; the same holds for its runs. Needs the extra `distributed`.
         workers: processes of ``ray``.
-        num_envs: environments stepped together, over all processes.
         steps_per_collection: steps of each between two looks at the new policy.
         random_steps: environment steps with uniformly random actions, before the first update.
         updates_per_env_step: updates for each environment step, may be a fraction.
@@ -86,7 +83,7 @@ class OnlineDataModule(EnvironmentDataModule):
         checkpoint_every: Count = 10_000,
         **settings: Any,
     ) -> None:
-        super().__init__(environment, protocols, **settings)
+        super().__init__(environment, protocols, num_envs=num_envs, **settings)
         if collector not in COLLECTORS:
             raise ValueError(f"Unknown collector={collector!r}: expected one of {', '.join(COLLECTORS)}.")
         if replay_storage not in STORAGES:
@@ -99,7 +96,6 @@ class OnlineDataModule(EnvironmentDataModule):
         self.replay_folder = replay_folder
         self.collector = collector
         self.workers = workers
-        self.num_envs = num_envs
         self.steps_per_collection = steps_per_collection
         self.random_steps = random_steps
         self.updates_per_env_step = Fraction(str(updates_per_env_step))
@@ -110,21 +106,12 @@ class OnlineDataModule(EnvironmentDataModule):
         self.discount = discount
         self.checkpoint_every = checkpoint_every
         self.replay: ReplayBuffer | None = None
-        self._restored: dict[str, Any] | None = None
-        self._collected: Iterator[TensorDictBase] | None = None
-        self._running: Any = None
-        self._env: MeasuredEnv | None = None
-        self._episode: Tensor | None = None  # return and length so far, [N, 2]
 
     # -- experience ---------------------------------------------------------------------------------------------------
 
     def _begin(self, module: Any) -> None:
         """Make environment, replay buffer and collector, as new or as a checkpoint left them."""
-        if self.num_envs % world_size():
-            raise ValueError(f"num_envs={self.num_envs} can't be split over {world_size()} processes.")
-        rows = self.num_envs // world_size()
-        # Every process has episodes of its own.
-        make_env = partial(self._make_env, num_envs=rows, seed=self.seed + 7919 * rank())
+        rows = self.rows
         per_step = self.updates_per_env_step * self.num_envs
         margin = math.ceil(self.checkpoint_every / per_step) + 2 * self.steps_per_collection
         self.replay = ReplayBuffer(
@@ -136,36 +123,13 @@ class OnlineDataModule(EnvironmentDataModule):
             module.device,
             self._reference_env.frame_stack,
         )
-        self._episode = torch.zeros(rows, 2, dtype=torch.float64)
-        environment = None
-        if self._restored is not None:
-            states = self._restored["processes"]
-            if len(states) != world_size():
-                raise ValueError(
-                    f"The checkpoint has the experience of {len(states)} processes, expected {world_size()}: it can "
-                    "only be resumed with as many."
-                )
-            for name, value in self._layout().items():
-                before = self._restored["layout"].get(name)
-                if before != value:
-                    raise ValueError(
-                        f"datamodule.{name}={value}: expected {before} as in the checkpoint, whose episodes and replay "
-                        "data go on."
-                    )
-            own = states[rank()]
-            fault = difference({"episode": own["episode"]}, {"episode": self._episode})
-            if fault is not None:
-                raise ValueError(f"{fault}.")
+        own = self._own_state()
+        if own is not None:
             self.replay.restore(own["written"])
-            environment = own["environment"]
         if self.collector == "sync":
-            self._env = make_env()
-            if environment is not None:
-                self._env.set_extra_state(environment)
-                anew = self._env.began_anew
-                self._episode = own["episode"].double().masked_fill_(anew[:, None], 0)
-                if anew.any():
-                    self.replay.end_episodes(anew)
+            anew = self._make_own_env(own)
+            if anew.any():
+                self.replay.end_episodes(anew)
         else:
             began = self.replay.written > 0
             if began:
@@ -175,7 +139,7 @@ class OnlineDataModule(EnvironmentDataModule):
                 print(f"Other processes collect: this run can't be repeated exactly{anew}.", flush=True)
         # Collectors try out policy and environment when they are made; a run that resumes must not notice.
         with torch.random.fork_rng(devices=[module.device] if module.device.type == "cuda" else []):
-            self._running = self._make_collector(make_env, module)
+            self._running = self._make_collector(self._make_rows, module)
             if self.collector != "sync":
                 self._running.set_seed(self.seed + 7919 * rank() + self.replay.written)
         self._collected = iter(self._running)
@@ -201,21 +165,10 @@ class OnlineDataModule(EnvironmentDataModule):
             return AsyncCollector(make_env, policy, update_at_each_batch=True, **settings)
         return _ray_collector(make_env, policy, rows, self.workers, settings)
 
-    def _close(self) -> None:
-        if self._running is not None:
-            self._running.shutdown()
-        self._running = self._collected = None
-
-    def teardown(self, stage: str) -> None:
-        self._close()
-
     def finish(self) -> None:
         """Called when the run has its results."""
         if not self.keep_replay:
             delete_replay_files(self.replay_folder)
-
-    def on_exception(self, exception: BaseException) -> None:
-        self._close()
 
     @property
     def env_steps(self) -> int:
@@ -246,18 +199,6 @@ class OnlineDataModule(EnvironmentDataModule):
             self._count_episodes(module, batch)
             module.advance(self.env_steps)
 
-    def _count_episodes(self, module: Any, batch: TensorDictBase) -> None:
-        finished, count = torch.zeros(2, dtype=torch.float64), 0
-        for step in batch.unbind(1):
-            self._episode[:, :1] += step["next", "reward"]
-            self._episode[:, 1] += 1
-            done = step["next", "done"][:, 0]
-            if done.any():
-                finished += self._episode[done].sum(0)
-                count += int(done.sum())
-                self._episode[done] = 0
-        module.tally(_EPISODES, finished.float(), count)
-
     def probe(self, count: int) -> TensorDict | None:
         """Transitions [count] of what there is by now, to look at; None before there is any."""
         if self.replay is None and self._restored is not None:  # a run that was stopped after its last update
@@ -287,24 +228,12 @@ class OnlineDataModule(EnvironmentDataModule):
         if self._collected is None:
             return {} if self._restored is None else self._restored
         self.saved_bytes = self.replay.commit()
-        own = {
-            "written": self.replay.written,
-            "environment": None if self._env is None else self._env.get_extra_state(),
-            "episode": self._episode.clone(),
-        }
-        states: list[Any] = [own]
-        if world_size() > 1:
-            states = [None] * world_size()
-            torch.distributed.all_gather_object(states, own)
-        return {"layout": self._layout(), "processes": states}
+        return self._saved({"written": self.replay.written})
 
     def _layout(self) -> dict[str, Any]:
         """What the files of the replay buffer depend on."""
         names = ("num_envs", "replay_capacity", "steps_per_collection", "checkpoint_every")
         return {"updates_per_env_step": str(self.updates_per_env_step), **{name: getattr(self, name) for name in names}}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = state_dict or None
 
 
 class _Behaviour(torch.nn.Module):
