@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from components.checks import Count, NonNegative, Number, Positive, Range, Size, checked
-from components.control.policies import ClippedGaussianPolicy, DeterministicPolicy, Policy, TanhGaussianPolicy
+from components.control.policies import (
+    ClippedGaussianPolicy,
+    DeterministicPolicy,
+    NormalPolicy,
+    Policy,
+    TanhGaussianPolicy,
+)
 from components.networks.encoders import Encoder, evaluating
 from components.networks.ensemble import EnsembleMLP
 
@@ -83,6 +89,36 @@ class GaussianActor(Actor):
         mean, x = self.network(observation).squeeze(0).chunk(2, -1)
         low, high = self.log_std_range
         return TanhGaussianPolicy(mean, (low + 0.5 * (high - low) * (x.tanh() + 1)).exp())
+
+    def act(self, observation: Tensor) -> Tensor:
+        return self(observation).mean
+
+    def explore(self, observation: Tensor) -> Tensor:
+        return self(observation).sample()
+
+    def bootstrap(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        return self(observation).sample_with_log_prob()
+
+
+@checked
+class NormalActor(Actor):
+    """A normal distribution around the network's output, with one learned standard deviation for each action whatever
+    the observation (Schulman et al., arXiv 1707.06347): environments clip what they are given.
+
+    Args:
+        network: makes the network, [N, O] -> [1, N, A].
+        std: at the start.
+    """
+
+    def __init__(
+        self, observation_dim: Count, action_dim: Size, network: Network = EnsembleMLP, std: Positive = 0.5
+    ) -> None:
+        super().__init__()
+        self.network = network(observation_dim, action_dim)
+        self.log_std = nn.Parameter(torch.full((action_dim,), math.log(std)))
+
+    def forward(self, observation: Tensor) -> NormalPolicy:
+        return NormalPolicy(self.network(observation).squeeze(0), self.log_std.exp())
 
     def act(self, observation: Tensor) -> Tensor:
         return self(observation).mean

@@ -31,6 +31,39 @@ class Policy(Protocol):
     def log_prob(self, action: Tensor) -> Tensor:
         """Log-densities [..., N] of actions [..., N, A]."""
 
+    def entropy(self) -> Tensor:
+        """In nats, [N], with a gradient; one sample's estimate where there is no closed form."""
+
+
+class NormalPolicy:
+    """A normal distribution without bounds, whose actions are clipped by the environment if at all: what on-policy
+    methods learn. Densities are those of what was drawn.
+
+    Args:
+        mean: [N, A].
+        std: [N, A], or one for each action [A].
+    """
+
+    def __init__(self, mean: Tensor, std: Tensor) -> None:
+        self.mean = mean
+        self.std = std
+
+    def sample(self, sample_shape: tuple[int, ...] = (), clip: float | None = None) -> Tensor:
+        mean = self.mean
+        noise = self.std * torch.randn(*sample_shape, *mean.shape, device=mean.device, dtype=mean.dtype)
+        return mean + (noise if clip is None else noise.clamp(-clip, clip))
+
+    def sample_with_log_prob(self, sample_shape: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+        action = self.sample(sample_shape)
+        return action, self.log_prob(action)
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        squares = ((action - self.mean) / self.std).square()
+        return (-0.5 * (squares + math.log(2 * math.pi)) - self.std.log()).sum(-1)
+
+    def entropy(self) -> Tensor:
+        return (self.std.log() + 0.5 * math.log(2 * math.pi * math.e)).expand_as(self.mean).sum(-1)
+
 
 class ClippedGaussianPolicy:
     """Gaussian around a mean in [-1, 1] whose samples are clamped to the action range.
@@ -71,6 +104,9 @@ class ClippedGaussianPolicy:
         normaliser = log_std + 0.5 * math.log(2 * math.pi)
         return (-0.5 * ((action - self.mean) / self.std).square() - normaliser).sum(-1)
 
+    def entropy(self) -> Tensor:
+        return torch.zeros_like(self.mean[..., 0])
+
 
 class DeterministicPolicy:
     """One action at each state, [N, A]. `log_prob` is the negative squared distance, which cloning maximises."""
@@ -86,6 +122,9 @@ class DeterministicPolicy:
 
     def log_prob(self, action: Tensor) -> Tensor:
         return -(action - self.mean).square().sum(-1)
+
+    def entropy(self) -> Tensor:
+        return torch.zeros_like(self.mean[..., 0])
 
 
 class TanhGaussianPolicy:
@@ -121,6 +160,9 @@ class TanhGaussianPolicy:
         """At the ends of the range, where there is no density, that of actions just inside."""
         u = action.clamp(-self.bound, self.bound).atanh()
         return self._log_prob(u, (u - self.pre_tanh_mean) / self.std)
+
+    def entropy(self) -> Tensor:
+        return -self.sample_with_log_prob()[1]
 
     def _log_prob(self, u: Tensor, noise: Tensor) -> Tensor:
         normal = -0.5 * (noise.square() + math.log(2 * math.pi)) - self.std.log()

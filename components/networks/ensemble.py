@@ -7,6 +7,7 @@ without the leading ensemble dimension, [N, in], is shared by all members.
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -156,16 +157,20 @@ def _uniform_(network: nn.Module) -> None:
             layer.uniform_()
 
 
+ACTIVATIONS = {"relu": partial(nn.ReLU, inplace=True), "tanh": nn.Tanh, "silu": nn.SiLU, "elu": nn.ELU}
+
+
 @checked
 class EnsembleMLP(nn.Sequential):
-    """P networks with ReLU between linear layers: [N, in] or [P, N, in] -> [P, N, out].
+    """P networks of linear layers with activations between them: [N, in] or [P, N, in] -> [P, N, out].
 
     Args:
         hidden_dim: width.
         layers: hidden layers.
+        activation: ``relu``, ``tanh``, ``silu`` or ``elu``.
         gain, last_gain: of the orthogonal initialisation of the hidden layers, and of the last.
         initialisation: ``orthogonal`` with zero biases, or ``uniform``, PyTorch's own.
-        layer_norm: normalise after each ReLU (as ReBRAC's critics do, arXiv 2305.09836).
+        layer_norm: normalise after each activation (as ReBRAC's critics do, arXiv 2305.09836).
     """
 
     def __init__(
@@ -175,15 +180,18 @@ class EnsembleMLP(nn.Sequential):
         members: Size = 1,
         hidden_dim: Size = 256,
         layers: SizeOrZero = 2,
+        activation: str = "relu",
         gain: NonNegative = RELU_GAIN,
         last_gain: NonNegative = 0.01 * RELU_GAIN,
         initialisation: str = "orthogonal",
         layer_norm: bool = False,
     ) -> None:
         _check_initialisation(initialisation)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"Unknown activation={activation!r}: expected one of {', '.join(ACTIVATIONS)}.")
         parts: list[nn.Module] = []
         for _ in range(layers):
-            parts += [EnsembleLinear(members, in_features, hidden_dim, gain), nn.ReLU(inplace=True)]
+            parts += [EnsembleLinear(members, in_features, hidden_dim, gain), ACTIVATIONS[activation]()]
             if layer_norm:
                 parts.append(EnsembleLayerNorm(members, hidden_dim))
             in_features = hidden_dim
@@ -193,7 +201,10 @@ class EnsembleMLP(nn.Sequential):
 
     def forward(self, x: Tensor, members: Members = None) -> Tensor:
         for layer in self:
-            x = x.relu_() if isinstance(layer, nn.ReLU) else layer(x, members)  # without a call of a module
+            if isinstance(layer, nn.ReLU):
+                x = x.relu_()  # without a call of a module
+            else:
+                x = layer(x, members) if isinstance(layer, EnsembleLinear | EnsembleLayerNorm) else layer(x)
         return x
 
 

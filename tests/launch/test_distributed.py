@@ -24,8 +24,9 @@ from components.coding.code_models import CategoricalVAE
 from components.coding.image_codec import ImageCodec
 from components.coding.vqvae import VQVAE
 from components.control.actor_objectives import AdvantageWeighted, BehaviourCloning, ReparameterisedGradient
-from components.control.actors import DeterministicActor, EntropyTemperature, GaussianActor
+from components.control.actors import DeterministicActor, EntropyTemperature, GaussianActor, NormalActor
 from components.control.forward_backward import BackwardMap, ForwardMap, ZConditionedActor, sample_sphere
+from components.control.normalisation import ObservationNormaliser, RewardNormaliser
 from components.control.novelty import RandomNetworkDistillation
 from components.control.pessimism import DualPessimism, MinimumPessimism
 from components.control.policies import ClippedGaussianPolicy, TanhGaussianPolicy
@@ -44,6 +45,7 @@ from lightning_modules.class_incremental import ClassIncremental
 from lightning_modules.expert_training import ExpertTraining
 from lightning_modules.forward_backward import ForwardBackward
 from lightning_modules.image_codec import ImageCodecTraining
+from lightning_modules.ppo import ProximalPolicyOptimisation
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS, GROUP_ROWS = 32, 4
@@ -140,6 +142,7 @@ def gradients() -> dict[str, list[torch.Tensor]]:
         for part, gradient in actor_critic_gradients(batch, quantiles).items():
             found[f"actor-critic {part}, {quantiles}"] = gradient
     found["novelty"] = novelty_gradients(observation)
+    found["on-policy"] = on_policy_gradients(observation, action)
     found["priorities"] = priorities(torch.arange(ROWS)[share], action[:, 0])
     pictures = torch.randint(256, (2, ROWS, 3, 20, 20), generator=generator, dtype=torch.uint8)[:, share]
     batch["observation"], batch["next", "observation"] = pictures
@@ -177,6 +180,33 @@ def novelty_gradients(observation: torch.Tensor) -> list[torch.Tensor]:
         novelty.rewards(scale * novelty.errors(observation))
     gradient = minimised(agent, novelty.errors(observation).mean(), agent.intrinsic_optimizer)
     return [*gradient, novelty.mean.clone(), novelty.squares.clone()]
+
+
+def on_policy_gradients(observation: torch.Tensor, action: torch.Tensor) -> list[torch.Tensor]:
+    """And what normalisers and the learning rate know after two rollouts."""
+    torch.manual_seed(3)
+    agent = ProximalPolicyOptimisation(
+        [5],
+        2,
+        actor=partial(NormalActor, network=partial(EnsembleMLP, hidden_dim=16)),
+        value=partial(EnsembleMLP, hidden_dim=16),
+        normaliser=ObservationNormaliser,
+        reward_normaliser=RewardNormaliser(),
+        target_divergence=0.01,
+        updates=1,
+    )
+    ends = observation[:, :1] > 0
+    following = {"observation": observation, "reward": action[:, :1], "terminated": ends, "done": ends}
+    rows = TensorDict({"observation": observation, "action": action, "next": following}, [len(observation)])
+    rollout, carried = rows.unsqueeze(1), None
+    for _ in range(2):
+        prepared, carried = agent.prepare(rollout, carried)
+    agent.update(prepared)
+    gradients = [parameter.grad.clone() for parameter in (*agent.actor.parameters(), *agent.value.parameters())]
+    agent.updates = 1
+    agent.divergence.fill_(0.001 * (1 + rank()) if world_size() > 1 else 0.0015)
+    agent.prepare(rollout, carried)
+    return [*gradients, *(buffer.float() for buffer in agent.buffers())]
 
 
 def priorities(index: torch.Tensor, logit: torch.Tensor) -> list[torch.Tensor]:
@@ -366,6 +396,7 @@ def minimised(agent, loss, optimizer) -> list[torch.Tensor]:
 
 CASES = [
     "novelty",
+    "on-policy",
     "priorities",
     *REPRESENTATIONS,
     *(f"{o}, {r}" for o in OBJECTIVES for r in ("one_block", "four_blocks")),

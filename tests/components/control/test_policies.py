@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from components.control.policies import ClippedGaussianPolicy, DeterministicPolicy, TanhGaussianPolicy, best_of
+from components.control.policies import (
+    ClippedGaussianPolicy,
+    DeterministicPolicy,
+    NormalPolicy,
+    TanhGaussianPolicy,
+    best_of,
+)
 
 
 def test_samples_are_clipped_and_clamped():
@@ -127,3 +133,16 @@ def test_best_of_chooses_for_each_row_by_itself():
     along = (candidates * direction).sum(-1)
     assert torch.equal((chosen * direction).sum(-1), along.max(0).values)
     assert torch.equal(chosen[3], candidates[along[:, 3].argmax(), 3])
+
+
+def test_the_normal_policy_is_torchs_distribution():
+    torch.manual_seed(0)
+    mean, std = torch.randn(4, 3), torch.rand(3) + 0.1
+    policy = NormalPolicy(mean, std)
+    reference = torch.distributions.Independent(torch.distributions.Normal(mean, std), 1)
+    action, log_prob = policy.sample_with_log_prob((5,))
+    assert torch.allclose(log_prob, reference.log_prob(action), atol=1e-5)
+    assert torch.allclose(policy.entropy(), reference.entropy(), atol=1e-5)
+    drawn = policy.sample((200_000,))
+    assert torch.allclose(drawn.mean(0), mean, atol=0.02)
+    assert torch.allclose(drawn.std(0), std.expand(4, 3), rtol=0.02)
