@@ -88,6 +88,13 @@ def _check_protocol(protocol: Any, key: str, environment: str | None) -> None:
         ValueError: it has no rewards, or they are not texts.
     """
     rewards = protocol.get("rewards") if isinstance(protocol, DictConfig) else None
+    if isinstance(rewards, DictConfig | ListConfig):
+        raw, known = (OmegaConf.to_container(rewards, resolve=resolve) for resolve in (False, True))
+        pairs = zip(raw.values(), known.values()) if isinstance(raw, dict) else zip(raw, known)
+        for written, value in pairs:
+            elsewhere = re.fullmatch(r"\$\{([\w.]+)\}", str(written))
+            if elsewhere and value is None:  # which is where a person set it
+                raise ValueError(f"{elsewhere[1]}=null: expected a task or an expression, found null.")
     named = list(rewards.values()) if isinstance(rewards, DictConfig) else rewards
     if not isinstance(named, list | ListConfig) or not all(isinstance(reward, str) for reward in named):
         found = protocol if rewards is None else f"rewards={rewards}"

@@ -118,6 +118,11 @@ class ActorCritic(LearningMethod):
         super().__init__(**loop)
         if actor_schedule not in ("constant", "cosine"):
             raise ValueError(f"Unknown actor_schedule={actor_schedule!r}: expected one of constant, cosine.")
+        if not evaluation_samples or len(set(evaluation_samples)) < len(evaluation_samples):
+            raise ValueError(
+                f"module.evaluation_samples={list(evaluation_samples)}: expected numbers of actions, each once, such as "
+                "[1,50]."
+            )
         if critic_cloning is not None and value is not None:
             raise ValueError(
                 f"module.critic_cloning={critic_cloning}: expected null where critics bootstrap from module.value, "

@@ -291,6 +291,25 @@ def test_every_arm_of_every_online_experiment_learns(name, transitions, tmp_path
         assert probe._make_env(num_envs=1, seed=0, episode_length=5).batch_size == (1,)
 
 
+@pytest.mark.parametrize("name", ["ppo_pendulum", "ppo_walker"])
+def test_every_on_policy_experiment_learns_from_a_rollout(name, tmp_path):
+    narrow = ("module.value.hidden_dim=8", "module.actor.network.hidden_dim=8", "datamodule.num_envs=4")
+    config = composed(f"experiment={name}", f"run_dir={tmp_path}", *narrow)
+    assert config.name == name
+    assert config.summary
+    assert config.duration
+    check_parts(config)
+    data = instantiate(config.datamodule)
+    module = instantiate(config.module, **data.spec)
+    data.trainer = SimpleNamespace(lightning_module=module)
+    stack = next(iter(data.train_dataloader()))
+    assert stack.shape == (module.updates_per_step,)
+    metrics = module.update(next(stack.unbind(0)))
+    assert all(value.isfinite() for value in metrics.values())
+    assert metrics["divergence"].abs() < 1e-6
+    data.teardown("fit")
+
+
 @pytest.mark.parametrize(
     ("name", "choice", "sizes", "reward"),
     [

@@ -108,17 +108,25 @@ class NormalActor(Actor):
     Args:
         network: makes the network, [N, O] -> [1, N, A].
         std: at the start.
+        squash: the mean is tanh of the network's output, and so never so far out of the range that no noise matters.
     """
 
     def __init__(
-        self, observation_dim: Count, action_dim: Size, network: Network = EnsembleMLP, std: Positive = 0.5
+        self,
+        observation_dim: Count,
+        action_dim: Size,
+        network: Network = EnsembleMLP,
+        std: Positive = 0.5,
+        squash: bool = False,
     ) -> None:
         super().__init__()
         self.network = network(observation_dim, action_dim)
         self.log_std = nn.Parameter(torch.full((action_dim,), math.log(std)))
+        self.squash = squash
 
     def forward(self, observation: Tensor) -> NormalPolicy:
-        return NormalPolicy(self.network(observation).squeeze(0), self.log_std.exp())
+        mean = self.network(observation).squeeze(0)
+        return NormalPolicy(mean.tanh() if self.squash else mean, self.log_std.exp())
 
     def act(self, observation: Tensor) -> Tensor:
         return self(observation).mean

@@ -190,6 +190,11 @@ def test_results_that_others_are_made_of_stay(tmp_path):
             ["datamodule.protocols.goals: expected rewards, a list or expressions by their names, found rewards=3"],
         ),
         (["datamodule.protocols.goals.rewards=[1]"], 1, ["found rewards=[1]"]),
+        (
+            ["+datamodule.reward=null", "+datamodule.protocols.x={rewards: ['${datamodule.reward}']}"],
+            1,
+            ["datamodule.reward=null: expected a task or an expression, found null"],
+        ),
         (["callbacks.results.folder=3"], 1, ["callbacks.results.folder=3: expected a text or a path"]),
         (["module.learning_rate=1e30"], 1, ["module.learning_rate=1e+30: expected at most 100"]),
         (["threads=0"], 1, ["threads=0"]),
