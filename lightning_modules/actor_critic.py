@@ -120,7 +120,7 @@ class ActorCritic(LearningMethod):
             raise ValueError(f"Unknown actor_schedule={actor_schedule!r}: expected one of constant, cosine.")
         if not evaluation_samples or len(set(evaluation_samples)) < len(evaluation_samples):
             raise ValueError(
-                f"module.evaluation_samples={list(evaluation_samples)}: expected numbers of actions, each once, such as "
+                f"module.evaluation_samples={list(evaluation_samples)}: expected numbers of actions, each once, as in "
                 "[1,50]."
             )
         if critic_cloning is not None and value is not None:
