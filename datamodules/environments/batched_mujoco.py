@@ -104,8 +104,9 @@ class BatchedMujocoEnv(MeasuredEnv):
             self._steps = self._steps + 1
             self._steps[torch.from_numpy(diverged)] = self.episode_length
             snapshot = self.simulation.snapshot(self._physics, control, forces)
-            passed.append(self._flatten(self._measure(snapshot)))
-            before, self._observation = self._observation, self._observe(snapshot)
+            before = self._observation
+            self._observation, measured = self._read(snapshot, slice(None))
+            passed.append(measured)
             self._observation[diverged] = before[diverged]  # forces are not those of the state
         self._measurements = passed[-1]
         result = self.current()
@@ -142,8 +143,7 @@ class BatchedMujocoEnv(MeasuredEnv):
         self._physics, self._steps = self._physics.copy(), self._steps.clone()
         self._observation, self._measurements = self._observation.clone(), self._measurements.clone()
         self._physics[rows], self._steps[rows] = states, 0
-        self._observation[rows] = self._observe(snapshot)
-        self._measurements[rows] = self._flatten(self._measure(snapshot))
+        self._observation[rows], self._measurements[rows] = self._read(snapshot, rows)
 
     def _state_tensors(self) -> dict[str, Tensor]:
         return {
@@ -183,6 +183,10 @@ class BatchedMujocoEnv(MeasuredEnv):
 
     def _snapshot(self, physics: np.ndarray, control: np.ndarray, observed: bool) -> Snapshot:
         return self.simulation.snapshot(physics, control, self.simulation.idle_forces(physics) if observed else None)
+
+    def _read(self, snapshot: Snapshot, rows: slice | np.ndarray) -> tuple[Tensor, Tensor]:
+        """What is observed and measured in these rows, which are now at a snapshot."""
+        return self._observe(snapshot), self._flatten(self._measure(snapshot))
 
     def _observe(self, snapshot: Snapshot) -> Tensor:
         return _columns(read(snapshot) for read in self.domain.observation.values())
