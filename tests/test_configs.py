@@ -291,10 +291,9 @@ def test_every_arm_of_every_online_experiment_learns(name, transitions, tmp_path
         assert probe._make_env(num_envs=1, seed=0, episode_length=5).batch_size == (1,)
 
 
-@pytest.mark.parametrize("name", ["ppo_pendulum", "ppo_walker"])
+@pytest.mark.parametrize("name", ["ppo_pendulum", "ppo_walker", "ppo_humanoid_walk"])
 def test_every_on_policy_experiment_learns_from_a_rollout(name, tmp_path):
-    narrow = ("module.value.hidden_dim=8", "module.actor.network.hidden_dim=8", "datamodule.num_envs=4")
-    config = composed(f"experiment={name}", f"run_dir={tmp_path}", *narrow)
+    config = composed(f"experiment={name}", f"run_dir={tmp_path}", "datamodule.num_envs=4")
     assert config.name == name
     assert config.summary
     assert config.duration
