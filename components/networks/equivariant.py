@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from components.buildable import buildable
-from components.checks import Count
+from components.checks import Count, checked
 from components.networks.ensemble import EnsembleMLP
 
 
@@ -35,7 +34,7 @@ class Reflection:
             )
 
 
-@buildable()
+@checked
 class ReflectedNetwork(nn.Module):
     """A network that commutes with reflections, f(R_in x) = R_out f(x): f(x) = (g(x) + R_out g(R_in x)) / 2.
 

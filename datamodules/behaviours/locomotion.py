@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from components.buildable import buildable
-from components.checks import NonNegative, checked
+from components.checks import Count, NonNegative, checked
 from datamodules.behaviours.balance import NQ, BalancedPose, Body, balance
 from datamodules.behaviours.humanoid import STAND, _disturbed
 from datamodules.environments.domains import Simulator
@@ -27,7 +27,6 @@ def stance() -> BalancedPose:
     return balance([STAND])[0]
 
 
-@buildable()
 @checked
 class HumanoidTargets(nn.Module):
     """Actions are displacements of joints from the stance (rad), in the order of the actuators.
@@ -62,7 +61,7 @@ class HumanoidTargets(nn.Module):
 @buildable()
 @checked
 def start_standing(
-    simulator: Simulator, rows: int, generator: torch.Generator, noise: NonNegative = 0.05
+    simulator: Simulator, rows: Count, generator: torch.Generator, noise: NonNegative = 0.05
 ) -> np.ndarray:
     """The stance, with normal noise on the angles of joints (rad) and on all velocities."""
     return _disturbed(np.tile(stance().qpos, (rows, 1)), noise, noise, generator)
