@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import mujoco
 import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -43,7 +44,8 @@ class CommandedEnv(BatchedMujocoEnv):
         commands: lowest and highest of each command, drawn anew for each episode; 0 for what is left out.
         command_steps: control steps after which another command is drawn in the middle of an episode; None for never.
         cadence: of the clock, in Hz: offset, per m/s, lowest and highest.
-        moving: share of the episodes that begin with a part of the commanded velocity, of bodies with a free root.
+        moving: share of the episodes that begin with a part of the commanded velocity along x and y, of bodies with a
+            free root that begin heading along x.
         ends: an expression; an episode is terminated where it is above 0. None for never.
         controller: makes what turns actions into controls; None where actions are controls.
         settings: further arguments of `BatchedMujocoEnv`.
@@ -83,6 +85,8 @@ class CommandedEnv(BatchedMujocoEnv):
         super().__init__(domain, task, num_envs, **settings)
         if self.action_repeat > 1:
             raise ValueError(f"action_repeat={self.action_repeat}: expected 1 where actions are targets.")
+        if moving and self.simulation.model.jnt_type[0] != mujoco.mjtJoint.mjJNT_FREE:
+            raise ValueError(f"moving={moving}: expected 0, for the root of {domain} is not free to move.")
         self._before = torch.zeros(num_envs, self.action_spec.shape[-1])
         self._controller = None if controller is None else controller()
         if ends is not None:

@@ -150,6 +150,7 @@ def test_a_state_in_the_middle_of_an_episode_goes_on_to_the_bit():
         ({"commands": {"turn": [1, 0]}}, r"commands.turn=\[1, 0\]: expected one of"),
         ({"ends": "torso_hight < 1"}, "torso_hight"),
         ({"action_repeat": 2}, "action_repeat=2: expected 1"),
+        ({"moving": 0.5}, r"moving=0\.5: expected 0, for the root of walker is not free"),
     ],
 )
 def test_what_makes_no_sense_is_one_sentence(settings, message):
