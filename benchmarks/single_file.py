@@ -1,10 +1,10 @@
-"""SAC, REDQ, generalised pessimism learning, AWAC and IQL as the fastest single-file scripts write them: our peers.
+"""SAC, REDQ, GPL, AWAC, IQL and PPO as the fastest single-file scripts write them: our peers.
 
-Plain PyTorch and nothing of this project: modules, fused Adam, `backward`, updates of target networks by `foreach`,
-batches indexed from tensors. The updates are those of `lightning_modules.actor_critic`, number for number
-(tests/benchmarks/test_single_file.py).
+Plain PyTorch and nothing of this project but environments: modules, fused Adam, `backward`, updates of target networks
+by `foreach`, batches indexed from tensors. The updates are those of `lightning_modules.actor_critic` and
+`lightning_modules.ppo`, number for number (tests/benchmarks/test_single_file.py).
 
-Dimensions: B batch, P critics, A actions.
+Dimensions: B batch, P critics, A actions, N environments, T steps.
 """
 
 import copy
@@ -13,7 +13,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from tensordict import TensorDict
 from torch import Tensor, nn
+from torchrl.envs import EnvBase
 
 DISCOUNT, TARGET_RATE = 0.99, 0.005
 Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # observation, action, next observation, reward, terminated
@@ -346,5 +348,100 @@ def make_training(
             if done % actor_every == 0:
                 agent.update_actor(batch)
             agent.update_targets()
+
+    return train
+
+
+class PPO:
+    """Clipped policy optimisation with observations normalised by what was seen before the rollout."""
+
+    def __init__(self, observation_dim: int, action_dim: int, width: int) -> None:
+        def mlp(outputs: int) -> nn.Sequential:
+            return nn.Sequential(
+                nn.Linear(observation_dim, width),
+                nn.Tanh(),
+                nn.Linear(width, width),
+                nn.Tanh(),
+                nn.Linear(width, outputs),
+            )
+
+        self.actor, self.value = mlp(action_dim), mlp(1)
+        self.log_std = nn.Parameter(torch.full((action_dim,), math.log(0.5)))
+        self.parameters = [self.log_std, *self.actor.parameters(), *self.value.parameters()]
+        self.optimizer = torch.optim.Adam(self.parameters, 3e-4, eps=1e-5, fused=True)
+        self.mean, self.variance, self.count = torch.zeros(observation_dim), torch.ones(observation_dim), 0
+
+    def normalised(self, observation: Tensor) -> Tensor:
+        return ((observation - self.mean) / (self.variance + 1e-8).sqrt()).clamp(-10, 10)
+
+    def seen(self, rows: Tensor) -> None:
+        rows, total = rows.double(), self.count + len(rows)
+        mean, variance = rows.mean(0), rows.var(0, correction=0)
+        shift, before = mean - self.mean, self.count / total
+        self.variance = (before * self.variance + (1 - before) * variance + before * (1 - before) * shift**2).float()
+        self.mean, self.count = (self.mean + (1 - before) * shift).float(), total
+
+    def log_prob(self, observation: Tensor, action: Tensor) -> Tensor:
+        squares = ((action - self.actor(observation)) * (-self.log_std).exp()).square()
+        return -(0.5 * squares + self.log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    @torch.no_grad()
+    def collect(self, env: EnvBase, observation: Tensor, steps: int) -> tuple[list[Tensor], Tensor]:
+        """Observations, actions, rewards, next observations, terminations, ends [T, N, ...], and where it goes on."""
+        kept = []
+        for _ in range(steps):
+            mean = self.actor(self.normalised(observation))
+            action = mean + self.log_std.exp() * torch.randn_like(mean)
+            after = env.step(TensorDict({"action": action}, env.batch_size))["next"]
+            reward, terminated, done = (after[name].squeeze(-1) for name in ("reward", "terminated", "done"))
+            kept.append((observation, action, reward, after["observation"], terminated, done))
+            observation = after["observation"]
+            if done.any():
+                observation = env.reset(TensorDict({"_reset": done[:, None]}, env.batch_size))["observation"]
+        return [torch.stack(each) for each in zip(*kept)], observation
+
+    @torch.no_grad()
+    def prepare(self, rollout: list[Tensor]) -> Batch:
+        """Observations, actions, log-densities, advantages and returns [T N]."""
+        seen, action, reward, following, terminated, done = rollout
+        observation = self.normalised(seen)
+        value, after = (self.value(each).squeeze(-1) for each in (observation, self.normalised(following)))
+        error = reward + 0.99 * after * ~terminated - value
+        advantage, running = torch.empty_like(error), torch.zeros_like(error[0])
+        for step in reversed(range(len(error))):
+            advantage[step] = running = error[step] + 0.99 * 0.95 * ~done[step] * running
+        log_prob = self.log_prob(observation, action)
+        self.seen(seen.flatten(0, 1))
+        return tuple(each.flatten(0, 1) for each in (observation, action, log_prob, advantage, advantage + value))
+
+    def loss(self, observation: Tensor, action: Tensor, before: Tensor, advantage: Tensor, target: Tensor) -> Tensor:
+        ratio = (self.log_prob(observation, action) - before).exp()
+        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-7)
+        gain = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+        return -gain.mean() + 0.5 * 0.5 * (self.value(observation).squeeze(-1) - target).square().mean()
+
+    def update(self, batch: Batch) -> None:
+        self.optimizer.zero_grad()
+        self.loss(*batch).backward()
+        nn.utils.clip_grad_norm_(self.parameters, 0.5, foreach=True)
+        self.optimizer.step()
+
+
+def make_on_policy_training(
+    agent: PPO, env: EnvBase, steps: int, epochs: int, minibatches: int, compile: bool = False
+) -> Callable[[int], None]:
+    """A function that collects so many rollouts and learns from each."""
+    if compile:
+        agent.loss = torch.compile(agent.loss)
+    observation = env.reset()["observation"]
+
+    def train(rollouts: int) -> None:
+        nonlocal observation
+        for _ in range(rollouts):
+            rollout, observation = agent.collect(env, observation, steps)
+            prepared = agent.prepare(rollout)
+            for _ in range(epochs):
+                for index in torch.randperm(len(prepared[0])).chunk(minibatches):
+                    agent.update(tuple(each[index] for each in prepared))
 
     return train

@@ -8,7 +8,8 @@ of the framework is the loop's time per update over the bare update's. For SAC (
 (ten such critics) and generalised pessimism learning (ten "modern" critics of 256), the last two with the actor after
 every twentieth update, the Lightning loop with batches from the replay buffer beside the loops of
 `benchmarks.single_file`, which make the same updates; for AWAC and IQL (two critics 256-256, batch 256) the same, with
-batches of stored transitions. For agents that see pictures, without a regulariser, with random
+batches of stored transitions; for PPO whole rollouts, collection included, on the walker, and environment steps per
+second of the humanoid's walk. For agents that see pictures, without a regulariser, with random
 shifts and with signal mixing, the bare `update` eager and compiled. All that is compared takes turns in one run.
 """
 
@@ -19,6 +20,8 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import count
 from statistics import median
+from types import SimpleNamespace
+from typing import Any
 
 import lightning as L
 import torch
@@ -31,12 +34,14 @@ from benchmarks.single_file import (
     AWAC,
     GPL,
     IQL,
+    PPO,
     REDQ,
     SAC,
     Batch,
     ModernCritics,
     SeparateCritics,
     SimpleCritics,
+    make_on_policy_training,
     make_training,
 )
 from datamodules.replay import ReplayBuffer
@@ -237,6 +242,54 @@ def report_actor_critic(
         print(f"  {name}: the framework has {times:.2f} times the updates of the single file", flush=True)
 
 
+class Rollouts:
+    """Stacks of batches from the rollouts of a method, without end."""
+
+    def __init__(self, overrides: list[str], device: torch.device) -> None:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            config = compose("train", [*overrides, "run_dir=none", f"datamodule.evaluate_every={20 * 10**6}"])
+        torch.manual_seed(0)
+        self.data = instantiate(config.datamodule)
+        self.module = instantiate(config.module, **self.data.spec).to(device)
+        self.data.trainer = SimpleNamespace(lightning_module=self.module)
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            self.module.updates, self.module.total_updates = 0, 2 * 10**7
+            yield next(iter(self.data.train_dataloader()))
+
+
+def report_on_policy(device: torch.device, rounds: int, updates: int) -> None:
+    """Whole rollouts of PPO on the walker, with a script's beside it, and the humanoid's environment steps."""
+    results = {}
+    for name, mode in {"eager": "null", "compiled": "default"}.items():
+        ours = Rollouts(["experiment=ppo_walker", "module.max_norm=0.5", f"module.compile={mode}"], device)
+        data, spec = ours.data, ours.data.spec
+        agent = PPO(spec["observation_shape"][0], spec["action_dim"], 256)
+        env = data._make_env(num_envs=data.num_envs, seed=0)
+        minibatches = data.updates_per_step // data.epochs
+        train = make_on_policy_training(agent, env, data.rollout_steps, data.epochs, minibatches, name == "compiled")
+        step = data.updates_per_step
+        measures = {
+            f"framework, {name}": partial(time_loop, ours.module, ours, updates),
+            f"single file, {name}": lambda train=train, step=step: time_plain(train, updates // step, device) / step,
+        }
+        for measure in measures.values():  # warm up, and compile
+            measure()
+        results |= interleaved(measures, rounds)
+        data.teardown("fit")
+    show(f"PPO of the walker, {data.num_envs} x {data.rollout_steps} steps in {step} updates", results, device)
+    for name in ("eager", "compiled"):
+        times = ratio(results, f"framework, {name}", f"single file, {name}")
+        print(f"  {name}: the framework has {times:.2f} times the updates of the single file", flush=True)
+    humanoid = Rollouts(["experiment=ppo_humanoid_walk"], device)
+    seconds = [time_loop(humanoid.module, humanoid, updates) for _ in range(rounds + 1)][1:]
+    data = humanoid.data
+    steps = data.num_envs * data.rollout_steps / data.updates_per_step
+    print(f"  the humanoid's walk: {steps / median(seconds):.0f} environment steps/s, learning included", flush=True)
+    data.teardown("fit")
+
+
 def report_pixels(
     experiment: str, size: int, title: str, device: torch.device, rounds: int, updates: int, precision: str = "32"
 ) -> None:
@@ -321,6 +374,8 @@ def main() -> None:
             f"{module.upper()}, two critics 256-256",
             **extent,
         )
+    if device.type == "cpu":
+        report_on_policy(**extent)
     small = {**extent, "updates": min(arguments.updates, 10)}
     report_pixels("alix_cartpole", 48, "Pixel agents as in alix_cartpole", **small)
     report_forward_backward("fb_humanoid", "fb_aware", "FB-AWARE as in fb_humanoid", **extent)

@@ -159,13 +159,17 @@ class ProximalPolicyOptimisation(LearningMethod):
         return self.value(features).squeeze(0).squeeze(-1)
 
     def _adapt(self) -> None:
-        """Change the learning rate after the rollout before; processes had batches of their own."""
+        """Change the learning rate after the rollout before."""
         if self.target_divergence is None or not self.updates:
             return
-        average_([self.divergence])
         relative = self.divergence / self.target_divergence
         change = torch.where(relative > 2, 1 / _FACTOR, torch.where(relative < 0.5, _FACTOR, 1.0))
         self.learning_rate_factor.mul_(change).clamp_(*_LEARNING_RATE_RANGE)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """The updates of a rollout."""
+        super().training_step(batch, batch_idx)
+        average_([self.divergence])  # of batches that were each process's own, for a checkpoint has one state for all
 
     def update(self, batch: TensorDict) -> TensorDict:
         """One step of actor, value and encoder together on transitions [B] of what `prepare` gives."""

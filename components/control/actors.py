@@ -42,20 +42,20 @@ class Actor(nn.Module, ABC):
         """So many environment steps have been taken: for actors whose exploration follows a schedule."""
 
     @abstractmethod
-    def act(self, observation: Tensor) -> Tensor:
-        """The deterministic action, [N, A]."""
-
-    @abstractmethod
-    def explore(self, observation: Tensor) -> Tensor:
-        """An action to collect experience with, [N, A]."""
-
-    @abstractmethod
-    def bootstrap(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        """Actions [N, A] that targets are computed with, and their log-densities [N]."""
-
-    @abstractmethod
     def forward(self, observation: Tensor) -> Policy:
         """The policy that an objective improves, see `components.control.actor_objectives`."""
+
+    def act(self, observation: Tensor) -> Tensor:
+        """The deterministic action, [N, A]."""
+        return self(observation).mean
+
+    def explore(self, observation: Tensor) -> Tensor:
+        """An action to collect experience with, [N, A]."""
+        return self(observation).sample()
+
+    def bootstrap(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions [N, A] that targets are computed with, and their log-densities [N]."""
+        return self(observation).sample_with_log_prob()
 
 
 @checked
@@ -90,15 +90,6 @@ class GaussianActor(Actor):
         low, high = self.log_std_range
         return TanhGaussianPolicy(mean, (low + 0.5 * (high - low) * (x.tanh() + 1)).exp())
 
-    def act(self, observation: Tensor) -> Tensor:
-        return self(observation).mean
-
-    def explore(self, observation: Tensor) -> Tensor:
-        return self(observation).sample()
-
-    def bootstrap(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        return self(observation).sample_with_log_prob()
-
 
 @checked
 class NormalActor(Actor):
@@ -127,15 +118,6 @@ class NormalActor(Actor):
     def forward(self, observation: Tensor) -> NormalPolicy:
         mean = self.network(observation).squeeze(0)
         return NormalPolicy(mean.tanh() if self.squash else mean, self.log_std.exp())
-
-    def act(self, observation: Tensor) -> Tensor:
-        return self(observation).mean
-
-    def explore(self, observation: Tensor) -> Tensor:
-        return self(observation).sample()
-
-    def bootstrap(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        return self(observation).sample_with_log_prob()
 
 
 @checked
@@ -167,9 +149,6 @@ class DeterministicActor(Actor):
 
     def forward(self, observation: Tensor) -> DeterministicPolicy:
         return DeterministicPolicy(self.network(observation).squeeze(0).tanh())
-
-    def act(self, observation: Tensor) -> Tensor:
-        return self(observation).mean
 
     def explore(self, observation: Tensor) -> Tensor:
         return ClippedGaussianPolicy(self.act(observation), self.exploration_std).sample()
@@ -217,14 +196,8 @@ class ScheduledNoiseActor(Actor):
     def forward(self, observation: Tensor) -> ClippedGaussianPolicy:
         return ClippedGaussianPolicy(self.network(observation).squeeze(0).tanh(), self.std, self.clip)
 
-    def act(self, observation: Tensor) -> Tensor:
-        return self(observation).mean
-
     def explore(self, observation: Tensor) -> Tensor:
         return ClippedGaussianPolicy(self.act(observation), self.std).sample()
-
-    def bootstrap(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        return self(observation).sample_with_log_prob()
 
 
 @checked
@@ -269,9 +242,6 @@ class ClippedGaussianActor(Actor):
 
     def act(self, observation: Tensor) -> Tensor:
         return self(observation).mean.clamp(-1.0, 1.0)
-
-    def explore(self, observation: Tensor) -> Tensor:
-        return self(observation).sample()
 
     def bootstrap(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         policy = self(observation)

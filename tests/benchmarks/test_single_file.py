@@ -1,6 +1,7 @@
 """What the benchmark compares has to be the same update."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from benchmarks.single_file import (
     AWAC,
     GPL,
     IQL,
+    PPO,
     REDQ,
     SAC,
     ModernCritics,
@@ -17,11 +19,15 @@ from benchmarks.single_file import (
     make_training,
 )
 from components.control.actor_objectives import AdvantageWeighted
-from components.control.actors import ClippedGaussianActor, EntropyTemperature, GaussianActor
+from components.control.actors import ClippedGaussianActor, EntropyTemperature, GaussianActor, NormalActor
+from components.control.normalisation import ObservationNormaliser
 from components.control.pessimism import DualPessimism, FixedPessimism, MinimumPessimism, SubsetMinimumPessimism
 from components.control.state_value import StateValue
 from components.networks.ensemble import EnsembleMLP, EnsembleResidualMLP
+from datamodules.environments.gymnasium import GymnasiumEnv
+from datamodules.on_policy import OnPolicyDataModule
 from lightning_modules.actor_critic import ActorCritic
+from lightning_modules.ppo import ProximalPolicyOptimisation
 
 WIDTH = 8
 
@@ -135,3 +141,46 @@ def test_single_file_updates_are_ours(case, transitions):
     if plain is GPL:
         torch.testing.assert_close(agent.beta, made.pessimism.beta)
         assert agent.beta.item() != 0.5
+
+
+def test_single_file_rollouts_and_their_updates_are_ours():
+    tanh = partial(EnsembleMLP, hidden_dim=WIDTH, last_gain=1.0, activation="tanh")
+    torch.manual_seed(0)
+    made = ProximalPolicyOptimisation(
+        [3], 1, actor=partial(NormalActor, network=tanh), value=tanh, normaliser=ObservationNormaliser, updates=12
+    )
+    agent = PPO(3, 1, WIDTH)
+    with torch.no_grad():
+        for layers, network in ((agent.actor, made.actor.network), (agent.value, made.value)):
+            for layer, source in zip(list(layers)[::2], list(network)[::2], strict=True):
+                layer.weight.copy_(source.weight[0].T)
+                layer.bias.copy_(source.bias[0, 0])
+    make_env = partial(GymnasiumEnv, "Pendulum-v1", episode_length=7)
+    sizes = {"num_envs": 4, "rollout_steps": 6, "epochs": 2, "updates_per_step": 4, "evaluate_every": 12}
+    data = OnPolicyDataModule(make_env, {"default": {"rewards": ["reward"]}}, **sizes)
+    data.trainer = SimpleNamespace(lightning_module=made)
+    env = make_env(num_envs=4, seed=0)
+    observation = env.reset()["observation"]
+    torch.manual_seed(1)
+    rollouts = iter(data.train_dataloader())
+    for _ in range(3):
+        state = torch.get_rng_state()
+        batches = list(next(rollouts).unbind(0))
+        after = torch.get_rng_state()
+        torch.set_rng_state(state)
+        collected, observation = agent.collect(env, observation, 6)
+        assert torch.equal(torch.get_rng_state(), after)
+        prepared = agent.prepare(collected)
+        for batch in batches:
+            made.update(batch)
+            # The same transitions, which the single file has in another order.
+            index = [int((prepared[1] - action).abs().sum(-1).argmin()) for action in batch["action"]]
+            plain = tuple(each[index] for each in prepared)
+            for found, name in zip(plain, ("observation", "action", "log_prob", "advantage", "return")):
+                torch.testing.assert_close(found, batch[name], rtol=1e-3, atol=1e-4)
+            agent.update(plain)
+            made.updates += 1
+    for layers, network in ((agent.actor, made.actor.network), (agent.value, made.value)):
+        for layer, source in zip(list(layers)[::2], list(network)[::2], strict=True):
+            torch.testing.assert_close(layer.weight, source.weight[0].T, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(agent.log_std, made.actor.log_std, rtol=1e-4, atol=1e-5)

@@ -204,7 +204,7 @@ def on_policy_gradients(observation: torch.Tensor, action: torch.Tensor) -> list
     agent.update(prepared)
     gradients = [parameter.grad.clone() for parameter in (*agent.actor.parameters(), *agent.value.parameters())]
     agent.updates = 1
-    agent.divergence.fill_(0.001 * (1 + rank()) if world_size() > 1 else 0.0015)
+    agent.divergence.fill_(0.001)
     agent.prepare(rollout, carried)
     return [*gradients, *(buffer.float() for buffer in agent.buffers())]
 
