@@ -254,9 +254,9 @@ class Rollouts:
         self.data.trainer = SimpleNamespace(lightning_module=self.module)
 
     def __iter__(self) -> Iterator[Any]:
+        draw = self.data.train_dataloader().draw
         while True:
-            self.module.updates, self.module.total_updates = 0, 2 * 10**7
-            yield next(iter(self.data.train_dataloader()))
+            yield draw(0)
 
 
 def report_on_policy(device: torch.device, rounds: int, updates: int) -> None:
