@@ -152,7 +152,7 @@ class LearningMethod(L.LightningModule, ABC):
         each, the backward pass of a compiled loss is compiled with it, and a fused optimiser has nothing to gain.
         """
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.step(torch.autograd.grad(loss, parameters), optimizer, max_norm)
+        self._step(parameters, torch.autograd.grad(loss, parameters), optimizer, max_norm)
 
     @torch.compiler.disable
     def step(
@@ -166,12 +166,21 @@ class LearningMethod(L.LightningModule, ABC):
         Raises:
             ValueError: the optimiser is not registered, and would not be saved with the run.
         """
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        return self._step(parameters, gradients, optimizer, max_norm)
+
+    def _step(
+        self,
+        parameters: list[Tensor],
+        gradients: Sequence[Tensor],
+        optimizer: torch.optim.Optimizer,
+        max_norm: float | None,
+    ) -> Tensor | None:
         if all(optimizer is not own for own in self._optimizers):
             raise ValueError(
                 f"{type(self).__name__}: expected an optimiser that register_optimizer was given, found another "
                 f"{type(optimizer).__name__}, which no checkpoint would hold."
             )
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         average_(gradients)
         for parameter, gradient in zip(parameters, gradients):
             if gradient.stride() != parameter.stride():  # fused optimisers go through memory in the parameters' order

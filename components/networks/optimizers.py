@@ -21,17 +21,22 @@ class FusedAdam(torch.optim.Adam):
 
     def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
         super().__init__(params, lr, betas, eps, fused=True)
+        self._counts: dict[int, tuple[Tensor, list[Tensor]]] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._counts = {}
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         work = None if closure is not None or self._is_watched() else [self._gathered(g) for g in self.param_groups]
         if work is None or None in work:
             return super().step(closure)
         with torch.no_grad():
-            for group, (gradients, means, squares, steps) in zip(self.param_groups, work):
+            for place, (group, (gradients, means, squares, steps)) in enumerate(zip(self.param_groups, work)):
                 if not gradients:
                     continue
                 beta1, beta2 = group["betas"]
-                torch._foreach_add_(steps, 1)
+                self._counted(place, group, steps).add_(1)
                 torch._fused_adam_(
                     group["params"],
                     gradients,
@@ -50,6 +55,17 @@ class FusedAdam(torch.optim.Adam):
         return None
 
     step.hooked = True  # or torch would wrap it in its profiler's record
+
+    def _counted(self, place: int, group: dict[str, Any], steps: list[Tensor]) -> Tensor:
+        """The counts of a group's steps as one tensor [n], of which those in the state become views: one addition."""
+        count, views = self._counts.get(place, (None, []))
+        if len(views) != len(steps) or any(own is not view for own, view in zip(steps, views)):
+            count = torch.stack(steps)
+            steps[:] = count.unbind()
+            for parameter, step in zip(group["params"], steps):
+                self.state[parameter]["step"] = step
+            self._counts[place] = count, list(steps)
+        return count
 
     def _is_watched(self) -> bool:
         scaler = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
