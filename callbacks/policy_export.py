@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
@@ -28,13 +29,22 @@ class PolicyExport(L.Callback):
         name: of the policy, such as that of its task.
         stages: name of a moment -> updates, at an evaluation.
         seed: of the run.
+        told: what is written into the files besides, for whoever uses the policies: what they observe, for one.
     """
 
-    def __init__(self, folder: str | Path, name: str, stages: Mapping[str, Count], seed: Seed) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        name: str,
+        stages: Mapping[str, Count],
+        seed: Seed,
+        told: Mapping[str, Any] | None = None,
+    ) -> None:
         self.folder = Path(folder)
         self.name = name
         self.stages = dict(stages)
         self.seed = seed
+        self.told = told
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         every, last = trainer.datamodule.evaluate_every, module.total_updates
@@ -45,7 +55,7 @@ class PolicyExport(L.Callback):
                     f"datamodule.evaluate_every={every} up to module.updates={last}, found none."
                 )
         with TemporaryDirectory() as folder:  # refuses what could not be loaded, before anything is trained
-            save_policy(module.policy(exploring=True).module, Path(folder) / "policy.safetensors")
+            save_policy(module.policy(exploring=True).module, Path(folder) / "policy.safetensors", self.told)
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -55,7 +65,7 @@ class PolicyExport(L.Callback):
 
     def _export(self, module: L.LightningModule, name: str) -> None:
         with replacing(self.folder / f"{name}.safetensors") as temporary:
-            save_policy(module.policy(exploring=True).module, temporary)
+            save_policy(module.policy(exploring=True).module, temporary, self.told)
         made = {
             "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
             "seed": self.seed,

@@ -160,6 +160,12 @@ def _uniform_(network: nn.Module) -> None:
 ACTIVATIONS = {"relu": partial(nn.ReLU, inplace=True), "tanh": nn.Tanh, "silu": nn.SiLU, "elu": nn.ELU}
 
 
+def activation_of(network: nn.Sequential) -> str:
+    """The name of the activation between the layers of an `EnsembleMLP`; ``relu`` where there is none."""
+    kinds = {name: type(make()) for name, make in ACTIVATIONS.items()}
+    return next((name for layer in network for name, kind in kinds.items() if type(layer) is kind), "relu")
+
+
 @checked
 class EnsembleMLP(nn.Sequential):
     """P networks of linear layers with activations between them: [N, in] or [P, N, in] -> [P, N, out].

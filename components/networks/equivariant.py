@@ -62,6 +62,7 @@ class ReflectedNetwork(nn.Module):
         self._keep("outputs", outputs)
 
     def _keep(self, name: str, reflection: Reflection | None) -> None:
+        setattr(self, f"{name}_reflection", reflection)
         known = reflection is not None
         source = torch.tensor(list(reflection.source)) if known else None
         self.register_buffer(f"{name}_source", source, persistent=False)

@@ -7,73 +7,147 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from components.control.actors import GaussianActor
+from components.control.actors import Actor, ActorPolicy, GaussianActor, NormalActor
+from components.control.normalisation import ObservationNormaliser
 from components.files import check_file, is_damage
-from components.networks.ensemble import EnsembleMLP
+from components.networks.encoders import FlatObservations
+from components.networks.ensemble import EnsembleMLP, activation_of
+from components.networks.equivariant import ReflectedNetwork, Reflection
 
 BEHAVIOURS = Path(__file__).resolve().parents[2] / "behaviours"
 """Policies that ship with the project, in folders with a manifest each."""
 
-_PREFIX = "actor."
-_KIND = "tanh-Gaussian"
+_KINDS: dict[str, tuple[type[Actor], tuple[str, ...]]] = {
+    "tanh-Gaussian": (GaussianActor, ("log_std_range",)),
+    "normal": (NormalActor, ("squash",)),
+}
+"""Actors that files know, and the settings that their weights do not tell."""
+_REFLECTIONS = ("inputs", "outputs")
 
 
-def save_policy(policy: nn.Module, path: str | Path) -> None:
-    """Write the actor of a policy that `ActorCritic.policy` gives, which has to be one that `load_policy` gives back.
+def save_policy(policy: nn.Module, path: str | Path, told: Mapping[str, Any] | None = None) -> None:
+    """Write the actor of a policy that `ActorCritic.policy` or `ProximalPolicyOptimisation.policy` wraps.
+
+    Args:
+        policy: one that `load_policy` gives back: a tanh-Gaussian or a normal actor of linear layers alone, reflected
+            or not, of observations as they are or normalised by what was seen.
+        told: what whoever uses it has to know besides, as JSON; see `policy_settings`.
 
     Raises:
         ValueError: it is another.
     """
     state = {name: value.detach().cpu().contiguous() for name, value in policy.state_dict().items()}
-    metadata = {"actor": _KIND, "log_std_range": json.dumps(list(getattr(policy.actor, "log_std_range", ())))}
+    metadata = {**_description(policy), **({"told": json.dumps(told)} if told else {})}
     _rebuilt(state, metadata, f"The policy of {type(policy.actor).__name__}")
     save_file(state, path, metadata)
 
 
-def load_policy(path: str | Path) -> GaussianActor:
-    """The tanh-Gaussian actor of a file that `save_policy` wrote, of any width and depth.
+def load_policy(path: str | Path, use: str = "explore") -> ActorPolicy:
+    """The policy of a file that `save_policy` wrote, of any width and depth, [N, O] -> [N, A].
+
+    Args:
+        use: ``explore``, with its noise, or ``act``.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, or holds another kind of policy.
     """
+    state, metadata = _read(path)
+    return _rebuilt(state, metadata, str(path), use)
+
+
+def policy_settings(path: str | Path) -> dict[str, Any]:
+    """What `save_policy` was told of a policy; nothing for some.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_policy`.
+    """
+    try:
+        told = json.loads(_read(path)[1].get("told", "{}"))
+    except ValueError:
+        told = None
+    if not isinstance(told, dict):
+        raise ValueError(f"{path}: expected what its policy was told as a mapping in JSON, found something else.")
+    return told
+
+
+def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = Path(path)
     check_file(path, "a policy's weights")
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         if not is_damage(error):
             raise
         raise ValueError(f"{path}: expected a policy's weights, found a damaged file ({error}).") from None
-    return _rebuilt(state, metadata, str(path))
 
 
-def _rebuilt(state: Mapping[str, Tensor], metadata: Mapping[str, str], where: str) -> GaussianActor:
-    """The actor whose policy has this state."""
-    other = ValueError(f"{where}: expected a {_KIND} actor of linear layers alone, found {', '.join(state)[:200]}.")
-    own = {name.removeprefix(_PREFIX): value for name, value in state.items()}
+def _description(policy: nn.Module) -> dict[str, str]:
+    """What the weights of a policy do not tell."""
+    actor, told = policy.actor, {}
+    for kind, (made, settings) in _KINDS.items():
+        if type(actor) is made:
+            told = {"actor": kind, **{name: getattr(actor, name) for name in settings}}
+    network = getattr(actor, "network", None)
+    if isinstance(network, ReflectedNetwork):
+        for name in _REFLECTIONS:
+            reflection = getattr(network, f"{name}_reflection")
+            told[name] = None if reflection is None else [list(reflection.source), list(reflection.sign)]
+        network = network.network
+    if isinstance(network, EnsembleMLP):
+        told["activation"] = activation_of(network)
+    first = policy.encoder[0] if isinstance(policy.encoder, nn.Sequential) else None
+    if isinstance(first, ObservationNormaliser):
+        told |= {"bound": first.bound, "eps": first.eps}
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in told.items()}
+
+
+def _rebuilt(state: Mapping[str, Tensor], metadata: Mapping[str, str], where: str, use: str = "explore") -> ActorPolicy:
+    """The policy that has this state."""
     try:
-        low, high = json.loads(metadata["log_std_range"])
-        names = sorted((name for name in own if name.endswith(".weight")), key=lambda name: int(name.split(".")[1]))
-        (_, observation_dim, hidden_dim), outputs = own[names[0]].shape, own[names[-1]].shape[-1]
-        network = partial(EnsembleMLP, hidden_dim=hidden_dim, layers=len(names) - 1)
-        actor = GaussianActor(observation_dim, outputs // 2, network, log_std_range=(low, high))
-        actor.load_state_dict(own)
+        policy = _made(state, metadata, use)
+        policy.load_state_dict(state)
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError):
-        raise other from None
-    if metadata.get("actor") != _KIND:
-        raise other
-    if not all(value.isfinite().all() for value in own.values()):
+        raise ValueError(
+            f"{where}: expected a {' or '.join(_KINDS)} actor of linear layers alone, found {', '.join(state)[:200]}."
+        ) from None
+    if not all(value.isfinite().all() for value in state.values()):
         raise ValueError(f"{where}: expected finite weights, found others.")
-    return actor.requires_grad_(False).eval()
+    return policy.requires_grad_(False).eval()
+
+
+def _made(state: Mapping[str, Tensor], metadata: Mapping[str, str], use: str) -> ActorPolicy:
+    kind, settings = _KINDS[metadata["actor"]]
+    reflected = "inputs" in metadata
+    place = 3 if reflected else 2  # of a layer's number in its name
+    layers = sorted(
+        (name for name in state if name.startswith("actor.") and name.endswith(".weight")),
+        key=lambda name: int(name.split(".")[place]),
+    )
+    (_, inputs, hidden_dim), outputs = state[layers[0]].shape, state[layers[-1]].shape[-1]
+    network = partial(
+        EnsembleMLP, hidden_dim=hidden_dim, layers=len(layers) - 1, activation=metadata.get("activation", "relu")
+    )
+    if reflected:
+        own = {name: json.loads(metadata[name]) for name in _REFLECTIONS}
+        own = {name: None if value is None else Reflection(*value) for name, value in own.items()}
+        network = partial(ReflectedNetwork, network=network, **own)
+    encoder: nn.Module = FlatObservations([inputs])
+    if "bound" in metadata:
+        scales = {name: json.loads(metadata[name]) for name in ("bound", "eps")}
+        encoder = nn.Sequential(ObservationNormaliser([inputs], **scales), encoder)
+    actions = outputs // 2 if kind is GaussianActor else outputs
+    made = kind(inputs, actions, network, **{name: json.loads(metadata[name]) for name in settings})
+    return ActorPolicy(encoder, made, use)
 
 
 class TrainedPolicies(nn.Module):
@@ -91,4 +165,4 @@ class TrainedPolicies(nn.Module):
 
     def forward(self, observation: Tensor) -> Tensor:
         """[N, O] -> [N, A]."""
-        return torch.cat([policy.explore(own) for policy, own in zip(self.policies, observation.split(self.rows))])
+        return torch.cat([policy(own) for policy, own in zip(self.policies, observation.split(self.rows))])

@@ -33,7 +33,7 @@ def test_what_ships_is_what_the_manifest_says(body):
         file = path.parent / f"{name}.safetensors"
         assert file.stat().st_size < 250_000
         policy = load_policy(file)
-        assert policy.explore(observation).shape == env.action_spec.shape
+        assert policy(observation).shape == env.action_spec.shape
 
 
 def test_shipped_policies_do_what_they_learned():
@@ -60,7 +60,7 @@ def test_rows_are_driven_by_their_own_policy(tmp_path):
     torch.manual_seed(0)
     actions = policies(observation)
     torch.manual_seed(0)
-    expected = [policy.explore(observation[rows]) for policy, rows in zip(alone, (slice(3), slice(3, 6)))]
+    expected = [policy(observation[rows]) for policy, rows in zip(alone, (slice(3), slice(3, 6)))]
     assert torch.equal(actions, torch.cat(expected))
 
 
@@ -68,7 +68,7 @@ def test_what_was_saved_is_loaded_whatever_its_depth_and_noise(tmp_path):
     actor = GaussianActor(4, 2, partial(EnsembleMLP, hidden_dim=8, layers=6, last_gain=1.0), log_std_range=(-3.0, 0.0))
     save_policy(ActorPolicy(FlatObservations([4]), actor, "explore"), tmp_path / "a.safetensors")
     loaded, observation = load_policy(tmp_path / "a.safetensors"), torch.randn(5, 4)
-    ours, theirs = actor(observation), loaded(observation)
+    ours, theirs = actor(observation), loaded.actor(observation)
     assert torch.equal(ours.mean, theirs.mean)
     assert torch.equal(ours.std, theirs.std)
 
@@ -83,11 +83,13 @@ def test_files_that_are_no_policies_are_refused(tmp_path):
         load_policy(path)
     for state in ({"critic.weight": torch.ones(2, 2)}, {"actor.network.0.weight": torch.ones(1, 3, 4)}):
         save_file(state, path)
-        with pytest.raises(ValueError, match=r"a.safetensors: expected a tanh-Gaussian actor of linear layers alone"):
+        with pytest.raises(
+            ValueError, match=r"a.safetensors: expected a tanh-Gaussian or normal actor of linear layers alone"
+        ):
             load_policy(path)
     state = load_policy(BEHAVIOURS / "walker/run_early.safetensors").state_dict()
     metadata = {"actor": "tanh-Gaussian", "log_std_range": "[-10.0, 2.0]"}
-    save_file({f"actor.{name}": torch.full_like(value, torch.nan) for name, value in state.items()}, path, metadata)
+    save_file({name: torch.full_like(value, torch.nan) for name, value in state.items()}, path, metadata)
     with pytest.raises(ValueError, match=r"a.safetensors: expected finite weights"):
         load_policy(path)
 
@@ -101,6 +103,8 @@ def test_files_that_are_no_policies_are_refused(tmp_path):
     ],
 )
 def test_policies_that_could_not_be_loaded_are_not_saved(policy, tmp_path):
-    with pytest.raises(ValueError, match=r"^The policy of .*: expected a tanh-Gaussian actor of linear layers alone"):
+    with pytest.raises(
+        ValueError, match=r"^The policy of .*: expected a tanh-Gaussian or normal actor of linear layers alone"
+    ):
         save_policy(policy, tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
