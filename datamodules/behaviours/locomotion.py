@@ -3,6 +3,7 @@
 Dimensions: N rows, 21 joints and controls, physics of 55 numbers.
 """
 
+from collections.abc import Mapping
 from functools import lru_cache
 
 import numpy as np
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 
 from components.buildable import buildable
 from components.checks import Count, NonNegative, checked
-from datamodules.behaviours.balance import NQ, BalancedPose, Body, balance
+from datamodules.behaviours.balance import NQ, BalancedPose, Body, Posture, balance
 from datamodules.behaviours.humanoid import STAND, _disturbed
-from datamodules.environments.domains import Simulator
+from datamodules.environments.domains import Simulator, start_random_untouched
 
 # Control for each radian off the target and for each radian a second, by what joints are called.
 STIFFNESS = {"shoulder": 0.5, "elbow": 0.25}
@@ -65,3 +66,51 @@ def start_standing(
 ) -> np.ndarray:
     """The stance, with normal noise on the angles of joints (rad) and on all velocities."""
     return _disturbed(np.tile(stance().qpos, (rows, 1)), noise, noise, generator)
+
+
+CROUCHES = (Posture(head_height=1.05, pitch=0.2), Posture(head_height=1.15, pitch=0.1), Posture(head_height=1.27))
+_FALLING_STEPS = 200  # of the simulation, one second
+START_SHARES = {"reset": 0.4, "lying": 0.3, "crouching": 0.15, "standing": 0.15}
+
+
+@lru_cache(maxsize=1)
+def _crouches() -> np.ndarray:
+    return np.stack([pose.qpos for pose in balance(CROUCHES)])
+
+
+@buildable()
+@checked
+def start_anywhere(
+    simulator: Simulator,
+    rows: Count,
+    generator: torch.Generator,
+    shares: Mapping[str, NonNegative] | None = None,
+    noise: NonNegative = 0.1,
+) -> np.ndarray:
+    """Where getting up begins: the suite's own reset, lying on the floor, crouching and standing.
+
+    Lying is what a second without control makes of the suite's reset.
+
+    Args:
+        shares: of ``reset``, ``lying``, ``crouching``, ``standing``, in proportion; `START_SHARES` if None.
+        noise: on the angles of joints (rad) and all velocities, of those that crouch or stand.
+    """
+    shares = dict(shares or START_SHARES)
+    if set(shares) - set(START_SHARES) or not sum(shares.values()):
+        raise ValueError(f"shares={shares}: expected some of {', '.join(START_SHARES)}, found others or none.")
+    weights = torch.tensor([shares.get(name, 0.0) for name in START_SHARES], dtype=torch.float64)
+    kind = torch.multinomial(weights, rows, replacement=True, generator=generator).numpy() if rows else np.zeros(0)
+    reset, lying, crouching, standing = ((kind == number).nonzero()[0] for number in range(len(START_SHARES)))
+    states = np.empty((rows, simulator.model.nq + simulator.model.nv))
+    dropped = np.concatenate([reset, lying])
+    if len(dropped):
+        states[dropped] = start_random_untouched(simulator, len(dropped), generator)
+    if len(lying):
+        idle = np.zeros((len(lying), simulator.model.nu))
+        states[lying] = simulator.advance(states[lying], idle, _FALLING_STEPS)[0]
+    if len(crouching):
+        which = torch.randint(len(CROUCHES), (len(crouching),), generator=generator).numpy()
+        states[crouching] = _disturbed(_crouches()[which], noise, noise, generator)
+    if len(standing):
+        states[standing] = start_standing(simulator, len(standing), generator, noise)
+    return states

@@ -14,6 +14,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from components.checks import Count, NonNegative, Number, Share, Size, checked
+from datamodules.environments.assistance import FadingAssistance
 from datamodules.environments.batched_mujoco import BatchedMujocoEnv
 from datamodules.environments.domains import Snapshot
 
@@ -47,6 +48,7 @@ class CommandedEnv(BatchedMujocoEnv):
         moving: share of the episodes that begin with a part of the commanded velocity along x and y, of bodies with a
             free root that begin heading along x.
         ends: an expression; an episode is terminated where it is above 0. None for never.
+        assistance: help for the root, that fades as rewards grow.
         controller: makes what turns actions into controls; None where actions are controls.
         settings: further arguments of `BatchedMujocoEnv`.
     """
@@ -63,6 +65,7 @@ class CommandedEnv(BatchedMujocoEnv):
         cadence: tuple[Number, Number, NonNegative, NonNegative] = (0.8, 0.35, 0.9, 1.9),
         moving: Share = 0.0,
         ends: str | None = None,
+        assistance: FadingAssistance | None = None,
         controller: Callable[[], Controller] | None = None,
         **settings: Any,
     ) -> None:
@@ -78,6 +81,10 @@ class CommandedEnv(BatchedMujocoEnv):
         self.cadence = tuple(cadence)
         self.moving = moving
         self.ends = ends
+        self.assistance = assistance
+        self._help = torch.zeros(num_envs, 1)
+        self._help_scale = torch.ones(())
+        self._window = torch.zeros(2)  # sum of mean rewards, and of how many steps
         self._command = torch.zeros(num_envs, len(COMMANDS))
         self._phase = torch.zeros(num_envs, 1)
         self._before: Tensor | None = None
@@ -87,6 +94,8 @@ class CommandedEnv(BatchedMujocoEnv):
             raise ValueError(f"action_repeat={self.action_repeat}: expected 1 where actions are targets.")
         if moving and self.simulation.model.jnt_type[0] != mujoco.mjtJoint.mjJNT_FREE:
             raise ValueError(f"moving={moving}: expected 0, for the root of {domain} is not free to move.")
+        if assistance is not None:
+            assistance.check(self.simulation.model, domain)
         self._before = torch.zeros(num_envs, self.action_spec.shape[-1])
         self._controller = None if controller is None else controller()
         if ends is not None:
@@ -133,7 +142,18 @@ class CommandedEnv(BatchedMujocoEnv):
         speed = self._command[:, :2].norm(dim=1, keepdim=True)
         hertz = (offset + slope * speed).clamp(low, high)
         self._phase = torch.remainder(self._phase + 2 * math.pi * self.step_seconds * hertz, 2 * math.pi)
-        return super()._step(tensordict)
+        result = super()._step(tensordict)
+        if self.assistance is not None:
+            self._window = self._window + torch.stack([result["reward"].mean(), torch.ones(())])
+            if self._window[1] >= self.assistance.window:
+                self._help_scale = self.assistance.faded(self._help_scale, self._window[0] / self._window[1])
+                self._window = torch.zeros(2)
+        return result
+
+    def _applied(self) -> np.ndarray | None:
+        if self.assistance is None:
+            return None
+        return self.assistance.forces(self._physics, self._help.double().numpy(), self.simulation.model.nq)
 
     def _control(self, action: Tensor) -> np.ndarray:
         if self._controller is not None:
@@ -156,6 +176,9 @@ class CommandedEnv(BatchedMujocoEnv):
         self._phase, self._change, self._before = (each.clone() for each in (self._phase, self._change, self._before))
         self._phase[rows] = 2 * math.pi * torch.rand(len(rows), 1, generator=self._generator)
         self._change[rows] = self._before[rows] = 0.0
+        if self.assistance is not None:
+            self._help = self._help.clone()
+            self._help[rows] = self.assistance.draw(len(rows), self._help_scale, self._generator)
         states = np.array(self._start(self.simulation, len(rows), self._generator))
         if self.moving:
             share = torch.rand(len(rows), 2, generator=self._generator)
@@ -167,13 +190,23 @@ class CommandedEnv(BatchedMujocoEnv):
     # --- states ---
 
     def _state_tensors(self) -> dict[str, Tensor]:
-        own = {"command": self._command, "phase": self._phase, "change": self._change, "before": self._before}
+        own = {
+            "command": self._command,
+            "phase": self._phase,
+            "change": self._change,
+            "before": self._before,
+            "help": self._help,
+            "help_scale": self._help_scale,
+            "window": self._window,
+        }
         return {**super()._state_tensors(), **{name: value.clone() for name, value in own.items()}}
 
     def _set_state_tensors(self, state: Mapping[str, Tensor]) -> None:
         super()._set_state_tensors(state)
         self._command, self._phase = state["command"].clone(), state["phase"].clone()
         self._change, self._before = state["change"].clone(), state["before"].clone()
+        self._help, self._help_scale = state["help"].clone(), state["help_scale"].clone()
+        self._window = state["window"].clone()
 
     def relabel(self, physics: Tensor, action: Tensor) -> Tensor:
         raise ValueError(

@@ -77,7 +77,7 @@ class BatchSimulation:
         return self._control_centre + self._control_scale * np.clip(action.astype(np.float64), -1, 1)
 
     def advance(
-        self, physics: np.ndarray, control: np.ndarray, substeps: int
+        self, physics: np.ndarray, control: np.ndarray, substeps: int, applied: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Holds a control for some simulation steps.
 
@@ -85,13 +85,15 @@ class BatchSimulation:
             physics: states [n, p].
             control: in actuator units [n, u].
             substeps: simulation steps.
+            applied: generalised forces besides, held as long [n, nv].
 
         Returns:
             physics: arrival states [n, p]; the state before the control where the simulation broke down.
             forces: contact-force sensors during the last simulation step [n, readings].
             diverged: rows whose simulation broke down [n], bool.
         """
-        controls = np.repeat(control[:, None], substeps, axis=1)
+        given = control if applied is None else np.concatenate([control, applied], axis=1)
+        controls = np.repeat(given[:, None], substeps, axis=1)
         states, readings = self._roll(self.model, physics, controls, substeps)
         arrival = states[:, -1]
         # MuJoCo counts positions, velocities and accelerations that are not finite or huge, one counter for each
@@ -150,11 +152,15 @@ class BatchSimulation:
         readings = np.empty((rows, steps, model.nsensordata))
         # Handing out single rows costs time, and so does waiting at the end for a thread that got a large piece.
         chunk = min(8, -(-rows // self.num_threads))
+        states_of = mujoco.mjtState
+        pushed = controls is not None and controls.shape[2] > model.nu
+        given = states_of.mjSTATE_CTRL | (states_of.mjSTATE_QFRC_APPLIED if pushed else 0)
         self._pool.rollout(
             [model] * rows,
             self._data[id(model)],
             initial,
             controls,
+            control_spec=int(given),
             nstep=steps,
             state=states,
             sensordata=readings,
