@@ -7,12 +7,13 @@ Dimensions: N rows (one episode each), K postures, S breakpoints of a schedule.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
@@ -173,13 +174,39 @@ class Episodes:
 
     Attributes:
         physics: starting states [N, 55], float64.
-        policy: reads `physics` [N, 55], writes `action` [N, 21]; call it once per control step, from the start.
-        source: which of `SOURCES` a row is [N], int64.
+        policy: reads `physics` [N, 55] and, of some, `measurements` [N, M], and writes `action` [N, 21]; call it once
+            per control step, from the start.
+        source: which of `SOURCES` a row is, or which of those of another kind, counted on from them [N], int64.
+        rises: which rows get up when they have fallen [N], bool.
     """
 
     physics: Tensor
-    policy: TensorDictModule
+    policy: nn.Module
     source: Tensor
+    rises: Tensor
+
+
+class _Parts(nn.Module):
+    """Each part of the rows is driven by a policy of its own, which writes `action` into what it is given."""
+
+    def __init__(self, policies: Sequence[nn.Module], rows: Sequence[int]) -> None:
+        super().__init__()
+        self.policies = nn.ModuleList(policies)
+        self.rows = list(rows)
+
+    def forward(self, seen: TensorDictBase) -> TensorDictBase:
+        parts = [policy(part)["action"] for policy, part in zip(self.policies, seen.split(self.rows))]
+        return seen.set("action", torch.cat(parts))
+
+
+def side_by_side(parts: Sequence[Episodes]) -> Episodes:
+    """Episodes of several kinds as one shard, whose rows follow one another."""
+    return Episodes(
+        torch.cat([part.physics for part in parts]),
+        _Parts([part.policy for part in parts], [len(part.physics) for part in parts]),
+        torch.cat([part.source for part in parts]),
+        torch.cat([part.rises for part in parts]),
+    )
 
 
 def _arrivals(begin: float, poses: int, seconds: float) -> list[float]:
@@ -265,7 +292,8 @@ class HumanoidBehaviours:
             starts.append(HUMANOID.start(BatchSimulation(HUMANOID, num_threads=1), floor, generator))
         source = torch.repeat_interleave(torch.arange(len(SOURCES)), torch.tensor([hold, move, upright, floor]))
         policy = TensorDictModule(_Rows(balancing, exploring), in_keys=["physics"], out_keys=["action"])
-        return Episodes(torch.from_numpy(np.concatenate(starts)), policy, source)
+        rises = torch.zeros(len(source), dtype=torch.bool)
+        return Episodes(torch.from_numpy(np.concatenate(starts)), policy, source, rises)
 
     @staticmethod
     def _hold(repertoire: Repertoire, rng: np.random.Generator) -> tuple[list[int], list[float]]:

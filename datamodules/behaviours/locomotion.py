@@ -3,18 +3,26 @@
 Dimensions: N rows, 21 joints and controls, physics of 55 numbers.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
+from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
 from components.buildable import buildable
-from components.checks import Count, NonNegative, checked
-from datamodules.behaviours.balance import NQ, BalancedPose, Body, Posture, balance
-from datamodules.behaviours.humanoid import STAND, _disturbed
-from datamodules.environments.domains import Simulator, start_random_untouched
+from components.checks import Count, NonNegative, Positive, Size, checked
+from components.files import check_file
+from datamodules.behaviours.balance import CONTROL_SECONDS, NQ, BalancedPose, Body, Posture, balance
+from datamodules.behaviours.humanoid import SOURCES, STAND, Episodes, _disturbed
+from datamodules.behaviours.trained import BEHAVIOURS, load_policy, policy_settings
+from datamodules.environments.batched_mujoco import BatchedMujocoEnv
+from datamodules.environments.domains import HUMANOID, Simulator, start_random_untouched
+from datamodules.environments.simulation import BatchSimulation
 
 # Control for each radian off the target and for each radian a second, by what joints are called.
 STIFFNESS = {"shoulder": 0.5, "elbow": 0.25}
@@ -114,3 +122,226 @@ def start_anywhere(
     if len(standing):
         states[standing] = start_standing(simulator, len(standing), generator, noise)
     return states
+
+
+@dataclass(frozen=True)
+class Itinerary:
+    """What rows are to do when: row i follows skill `skills[i, s]`, told `commands[i, s]`, from control step
+    `times[i, s]` on.
+
+    Attributes:
+        skills: indices [N, S].
+        commands: forward (m/s), leftward (m/s), turn (rad/s) [N, S, 3].
+        times: ascending control steps [N, S], the first 0.
+        noise: standard deviation of the control noise in bursts [N].
+        rises: which rows follow the skill `riser` whenever they lie, until they stand [N], bool.
+    """
+
+    skills: Tensor
+    commands: Tensor
+    times: Tensor
+    noise: Tensor
+    rises: Tensor
+
+
+class LocomotionController(nn.Module):
+    """Drives rows by policies that `CommandedEnv` trained, every row after its own itinerary.
+
+    action = clip(targets of the policy's mean + noise, -1, 1), the noise in bursts, as `BalanceController` has it. Call
+    it once per control step: it counts them. Its clocks and its random state are in `state_dict()`.
+
+    Args:
+        paths: files of policies, the skills.
+        columns: name of a measurement -> its columns in the flat measurements that it is given.
+        itinerary: see there.
+        riser: the skill of rows that rise.
+        seed: of clocks and noise.
+        bursts: see `BalanceController`.
+    """
+
+    LYING, STANDING, STEADY = 0.9, 1.3, 30
+    """Height of the head (m) below which a row lies, above which it stands again, and control steps of the latter."""
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        columns: Mapping[str, slice],
+        itinerary: Itinerary,
+        riser: int,
+        seed: int,
+        bursts: tuple[int, int] = (1, 15),
+    ) -> None:
+        super().__init__()
+        self.policies = nn.ModuleList(load_policy(path, "act") for path in paths)
+        self.targets = HumanoidTargets()
+        self.riser, self.bursts = riser, bursts
+        settings = [policy_settings(path) for path in paths]
+        for number, told in enumerate(settings):
+            observed = [i for name in told["observes"] for i in range(columns[name].start, columns[name].stop)]
+            self.register_buffer(f"observed_{number}", torch.tensor(observed), persistent=False)
+        self.register_buffer("cadences", torch.tensor([told["cadence"] for told in settings]), persistent=False)
+        self.head = columns["head_height"].start
+        for name in ("skills", "commands", "times", "noise", "rises"):
+            self.register_buffer(name, getattr(itinerary, name), persistent=False)
+        rows = len(itinerary.skills)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.register_buffer("clock", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("phase", 2 * math.pi * torch.rand(rows, 1, generator=self.generator))
+        self.register_buffer("burst", torch.randint(bursts[1], (rows, 1), generator=self.generator), persistent=False)
+        self.register_buffer("rising", torch.zeros(rows, dtype=torch.bool))
+        self.register_buffer("steady", torch.zeros(rows, dtype=torch.int64))
+
+    def get_extra_state(self) -> Tensor:
+        """The random state, so that `state_dict` is complete."""
+        return self.generator.get_state()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restores the random state."""
+        self.generator.set_state(state.cpu())
+
+    def _now(self, head: Tensor) -> tuple[Tensor, Tensor]:
+        """Skill [N] and command [N, 3] of each row at this control step."""
+        place = ((self.times <= self.clock).sum(1, keepdim=True) - 1).clamp(min=0)
+        skill = self.skills.gather(1, place)[:, 0]
+        command = self.commands.gather(1, place[..., None].expand(-1, -1, 3))[:, 0]
+        self.steady = torch.where(head > self.STANDING, self.steady + 1, 0)
+        self.rising = self.rises & torch.where(self.rising, self.steady < self.STEADY, head < self.LYING)
+        return torch.where(self.rising, self.riser, skill), command * ~self.rising[:, None]
+
+    def forward(self, physics: Tensor, measurements: Tensor) -> Tensor:
+        """Actions [N, 21] (float32) for physics [N, 55] (float64) and measurements [N, M]; counts a control step."""
+        skill, command = self._now(measurements[:, self.head])
+        told = torch.cat([command, self.phase.sin(), self.phase.cos()], 1)
+        action = torch.zeros(len(physics), len(self.targets.rest))
+        for number, policy in enumerate(self.policies):
+            rows = (skill == number).nonzero()[:, 0]
+            if len(rows):
+                seen = measurements[rows][:, getattr(self, f"observed_{number}")]
+                action[rows] = policy(torch.cat([seen, told[rows]], 1))
+        offset, slope, low, high = self.cadences[skill].unsqueeze(-1).unbind(1)
+        hertz = (offset + slope * command[:, :2].norm(dim=1, keepdim=True)).clamp(low, high)
+        self.phase = torch.remainder(self.phase + 2 * math.pi * CONTROL_SECONDS * hertz, 2 * math.pi)
+        active = (self.clock + self.burst) % self.bursts[1] < self.bursts[0]
+        noise = torch.randn(action.shape, generator=self.generator) * self.noise[:, None] * active
+        self.clock = self.clock + 1
+        return (self.targets(physics, action) + noise).clamp(-1, 1)
+
+
+@dataclass(frozen=True)
+class Skill:
+    """A shipped policy and what it can be told.
+
+    Attributes:
+        policy: name of its file.
+        spans: lowest and highest forward, leftward (m/s) and turn (rad/s).
+        weight: how often it is chosen.
+    """
+
+    policy: str
+    spans: tuple[tuple[float, float], tuple[float, float], tuple[float, float]]
+    weight: float
+
+
+_NONE = (0.0, 0.0)
+SKILLS = {
+    "walk": Skill("walk_late", ((1.0, 1.0), _NONE, _NONE), 0.4),
+    "run": Skill("run_late", ((1.5, 3.5), _NONE, _NONE), 0.25),
+    "stand": Skill("get_up_late", (_NONE, _NONE, _NONE), 0.15),
+    "backward": Skill("backward_late", ((-0.5, -0.5), _NONE, _NONE), 0.05),
+    "left": Skill("sideways_late", (_NONE, (0.4, 0.4), _NONE), 0.04),
+    "right": Skill("sideways_late", (_NONE, (-0.4, -0.4), _NONE), 0.04),
+    "turn_left": Skill("turn_late", (_NONE, _NONE, (0.8, 0.8)), 0.035),
+    "turn_right": Skill("turn_late", (_NONE, _NONE, (-0.8, -0.8)), 0.035),
+}
+"""What rows of `LocomotionBehaviours` choose from; by ``stand`` they also get up."""
+LOCOMOTION_SOURCES = ("walk", "rise")
+
+
+@lru_cache(maxsize=1)
+def _columns() -> dict[str, slice]:
+    return BatchedMujocoEnv("humanoid", num_threads=1).columns
+
+
+@checked
+class LocomotionBehaviours:
+    """Draws episodes in which shipped policies walk, run, stop, turn and get up, after itineraries of their own.
+
+    `walk` begins standing and changes between skills, and half of the rows get up when they have fallen; `rise` begins
+    in the suite's own reset or lying on the floor, gets up, and then stays or goes on as the others.
+
+    Args:
+        shares: how many of the rows belong to each of `LOCOMOTION_SOURCES`, in proportion.
+        max_noise: the control noise of a row, which comes in bursts, is drawn between 0 and this.
+        bursts: see `BalanceController`.
+        seconds: shortest and longest time for which a row follows a skill.
+    """
+
+    def __init__(
+        self,
+        shares: Mapping[str, NonNegative] | None = None,
+        max_noise: NonNegative = 0.5,
+        bursts: tuple[Size, Size] = (1, 15),
+        seconds: tuple[Positive, Positive] = (1.5, 6.0),
+    ) -> None:
+        self.shares = shares or {"walk": 0.6, "rise": 0.4}
+        if set(self.shares) - set(LOCOMOTION_SOURCES) or not sum(self.shares.values()):
+            raise ValueError(f"shares={dict(self.shares)}: expected some of {', '.join(LOCOMOTION_SOURCES)}.")
+        self.max_noise, self.bursts, self.seconds = max_noise, bursts, seconds
+        self.paths = [BEHAVIOURS / "humanoid" / f"{name}.safetensors" for name in self.policies]
+        for path in self.paths:
+            check_file(path, "a policy that ships with the project")
+
+    policies = tuple(dict.fromkeys(skill.policy for skill in SKILLS.values()))
+    """Names of the policies that drive the rows."""
+
+    def episodes(self, rows: int, seed: int, steps: int) -> Episodes:
+        """Starts and policy of N episodes of `steps` control steps; the same arguments give the same episodes."""
+        rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+        share = self.shares.get("walk", 0.0) / sum(self.shares.values())
+        walking = round(rows * share)
+        walks = np.arange(rows) < walking
+        plans = [self._itinerary(begins == "walk", steps, rng) for begins in np.where(walks, "walk", "rise")]
+        longest = max(len(plan) for plan in plans)
+        plans = [plan + plan[-1:] * (longest - len(plan)) for plan in plans]
+        skills, commands, times = (torch.tensor([[part[i] for part in plan] for plan in plans]) for i in range(3))
+        itinerary = Itinerary(
+            skills,
+            commands.float(),
+            times,
+            torch.from_numpy(rng.uniform(0, self.max_noise, rows)).float(),
+            torch.from_numpy(~walks | (rng.random(rows) < 0.5)),
+        )
+        controller = LocomotionController(
+            self.paths,
+            _columns(),
+            itinerary,
+            self.policies.index(SKILLS["stand"].policy),
+            int(rng.integers(2**31)),
+            self.bursts,
+        )
+        simulator = BatchSimulation(HUMANOID, num_threads=1)
+        starts = np.concatenate(
+            [
+                start_standing(simulator, walking, generator),
+                start_anywhere(simulator, rows - walking, generator, {"reset": 0.6, "lying": 0.4}),
+            ]
+        )
+        policy = TensorDictModule(controller, in_keys=["physics", "measurements"], out_keys=["action"])
+        source = len(SOURCES) + torch.from_numpy(~walks).long()
+        return Episodes(torch.from_numpy(starts), policy, source, itinerary.rises)
+
+    def _itinerary(
+        self, walks: bool, steps: int, rng: np.random.Generator
+    ) -> list[tuple[int, tuple[float, float, float], int]]:
+        """Skill, command and beginning of each part."""
+        names = list(SKILLS)
+        weights = np.array([skill.weight for skill in SKILLS.values()])
+        plan, begins = [], 0
+        stays = not walks and rng.random() < 0.4
+        while begins < steps:
+            name = "stand" if stays else names[rng.choice(len(names), p=weights / weights.sum())]
+            skill = SKILLS[name]
+            command = tuple(float(rng.uniform(*span)) for span in skill.spans)
+            plan.append((self.policies.index(skill.policy), command, begins))
+            begins += round(rng.uniform(*self.seconds) / CONTROL_SECONDS)
+        return plan

@@ -5,6 +5,7 @@ Dimensions: n environments, m states, M flat measurements, p physics numbers, A 
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -188,6 +189,13 @@ class MeasuredEnv(EnvBase):
         self.measurement_size = sum(max(1, width) for width in widths.values())
         self._tasks, self.domain_name = dict(tasks), domain
         self._expressions: dict[str, RewardExpression] = {}
+
+    @property
+    def columns(self) -> dict[str, slice]:
+        """Where each measurement lies in the flat ones."""
+        widths = [max(1, width) for width in self.measurement_widths.values()]
+        ends = list(accumulate(widths))
+        return {name: slice(end - width, end) for name, width, end in zip(self.measurement_widths, widths, ends)}
 
     def named(self, measurements: Tensor) -> dict[str, Tensor]:
         """Views of flat measurements [m, M] by name: [m] for scalars, [m, k] for vectors."""

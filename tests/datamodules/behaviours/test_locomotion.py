@@ -1,8 +1,9 @@
 import numpy as np
+import pytest
 import torch
 
 from datamodules.behaviours.balance import Body
-from datamodules.behaviours.locomotion import HumanoidTargets, stance, start_standing
+from datamodules.behaviours.locomotion import HumanoidTargets, stance, start_anywhere, start_standing
 from datamodules.environments.domains import HUMANOID
 from datamodules.environments.simulation import BatchSimulation
 
@@ -37,3 +38,24 @@ def test_episodes_begin_near_the_stance():
     assert np.allclose(states[:, :7], stance().qpos[:7])
     assert np.isclose((states[:, 7:28] - stance().qpos[7:]).std(), 0.05, rtol=0.05)
     assert np.isclose(states[:, 28:].std(), 0.05, rtol=0.05)
+
+
+def test_getting_up_begins_anywhere():
+    simulation = BatchSimulation(HUMANOID, num_threads=1)
+
+    def heads(shares):
+        generator = torch.Generator().manual_seed(0)
+        states = start_anywhere(simulation, 40, generator, shares)
+        sensors = simulation.snapshot(states, np.zeros((40, 21))).sensors
+        return sensors["head"][:, 2]
+
+    assert (heads({"standing": 1.0}) > 1.3).all()
+    crouching = heads({"crouching": 1.0})
+    assert ((crouching > 0.8) & (crouching < 1.4)).all()
+    assert (heads({"lying": 1.0}) < 0.7).float().mean() > 0.9
+    assert (heads({"reset": 1.0}) > 1.2).all()  # in the air
+    mixed = heads(None)
+    assert mixed.min() < 0.3 < 1.3 < mixed.max()
+    assert torch.equal(mixed, heads(None))
+    with pytest.raises(ValueError, match=r"shares=.*: expected some of reset, lying, crouching, standing"):
+        start_anywhere(simulation, 2, torch.Generator(), {"flying": 1.0})
