@@ -48,6 +48,8 @@ class CommandedEnv(BatchedMujocoEnv):
         moving: share of the episodes that begin with a part of the commanded velocity along x and y, of bodies with a
             free root that begin heading along x.
         ends: an expression; an episode is terminated where it is above 0. None for never.
+        staggered: where all rows begin at once, their first episodes are cut short by a random number of steps, or rows
+            whose episodes end by time alone would for ever be at the same moment of theirs.
         assistance: help for the root, that fades as rewards grow.
         controller: makes what turns actions into controls; None where actions are controls.
         settings: further arguments of `BatchedMujocoEnv`.
@@ -65,6 +67,7 @@ class CommandedEnv(BatchedMujocoEnv):
         cadence: tuple[Number, Number, NonNegative, NonNegative] = (0.8, 0.35, 0.9, 1.9),
         moving: Share = 0.0,
         ends: str | None = None,
+        staggered: bool = False,
         assistance: FadingAssistance | None = None,
         controller: Callable[[], Controller] | None = None,
         **settings: Any,
@@ -81,6 +84,7 @@ class CommandedEnv(BatchedMujocoEnv):
         self.cadence = tuple(cadence)
         self.moving = moving
         self.ends = ends
+        self.staggered = staggered
         self.assistance = assistance
         self._help = torch.zeros(num_envs, 1)
         self._help_scale = torch.ones(())
@@ -186,6 +190,8 @@ class CommandedEnv(BatchedMujocoEnv):
             velocity = self.simulation.model.nq
             states[:, velocity : velocity + 2] += share * self._command[rows, :2].double().numpy()
         self.set_physics(states, rows)
+        if self.staggered and len(rows) == len(self._steps):
+            self._steps = torch.randint(self.episode_length, self._steps.shape, generator=self._generator)
 
     # --- states ---
 

@@ -208,3 +208,17 @@ def test_both_ankles_turn_about_one_axis():
     assert signs["right_hip_x"] == signs["right_knee"] == signs["abdomen_y"] == 1
     assert signs["abdomen_z"] == signs["abdomen_x"] == -1
     assert names[acted.source[names.index("left_elbow")]] == "right_elbow"
+
+
+def test_staggered_episodes_end_at_different_times_and_are_whole_from_then_on():
+    env = walker(num_envs=8, episode_length=10, staggered=True, seed=0)
+    env.reset()
+    ends, length = [[] for _ in range(8)], 40
+    for number in range(length):
+        state = step(env, torch.zeros(8, 6))
+        for row in state["done"][:, 0].nonzero()[:, 0].tolist():
+            ends[row].append(number)
+        if state["done"].any():
+            env.reset(TensorDict({"_reset": state["done"]}, [8]))
+    assert len({own[0] for own in ends}) > 3
+    assert all(second - first == 10 for own in ends for first, second in pairwise(own))
