@@ -15,8 +15,8 @@ from components.checks import NonNegative, Number, Positive, Share, Size, checke
 class FadingAssistance:
     """Lifts a free root, turns it upright and slows it sideways, less and less the better a rollout was.
 
-    A curriculum: how much help an episode has is drawn for it, from 0 to a scale that begins at 1 and is multiplied by
-    1 - `fade` after every window in which the mean reward of all rows was above the goal.
+    A curriculum: an episode is helped by a scale that begins at 1 and is multiplied by 1 - `fade` after every window in
+    which the mean reward of all rows was above the goal; some episodes have no help from the first on.
 
     Args:
         height: of the root (m), up to which it is lifted.
@@ -54,8 +54,7 @@ class FadingAssistance:
 
     def draw(self, rows: int, scale: Tensor, generator: torch.Generator) -> Tensor:
         """How much help so many new episodes have, [n, 1]."""
-        drawn = torch.rand(rows, 2, generator=generator)
-        return torch.where(drawn[:, :1] < self.unaided, 0.0, drawn[:, 1:] * scale)
+        return torch.where(torch.rand(rows, 1, generator=generator) < self.unaided, 0.0, scale)
 
     def forces(self, physics: np.ndarray, help: np.ndarray, velocities: int) -> np.ndarray:
         """Generalised forces [n, v] on states [n, p] whose velocities begin at a place; `help` [n, 1]."""
