@@ -291,9 +291,12 @@ def test_every_arm_of_every_online_experiment_learns(name, transitions, tmp_path
         assert probe._make_env(num_envs=1, seed=0, episode_length=5).batch_size == (1,)
 
 
-@pytest.mark.parametrize("name", ["ppo_pendulum", "ppo_walker", "ppo_humanoid_walk"])
+ON_POLICY = ["pendulum", "walker", *(f"humanoid_{name}" for name in ("walk", "run", "get_up", "directions"))]
+
+
+@pytest.mark.parametrize("name", [f"ppo_{name}" for name in ON_POLICY])
 def test_every_on_policy_experiment_learns_from_a_rollout(name, tmp_path):
-    config = composed(f"experiment={name}", f"run_dir={tmp_path}", "datamodule.num_envs=4")
+    config = composed(f"experiment={name}", f"run_dir={tmp_path}", "datamodule.num_envs=4", "init_from=null")
     assert config.name == name
     assert config.summary
     assert config.duration

@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from components.buildable import buildable
 from components.checks import NonNegative, Number, Positive, Share, Size, checked
 
 
+@buildable()
 @checked
 class FadingAssistance:
     """Lifts a free root, turns it upright and slows it sideways, less and less the better a rollout was.

@@ -1,9 +1,28 @@
+"""How the humanoid's policies of locomotion act, begin, and drive the rows of a data set."""
+
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
+from components.control.actors import ActorPolicy, NormalActor
+from components.control.normalisation import ObservationNormaliser
+from components.networks.encoders import FlatObservations
+from components.networks.ensemble import EnsembleMLP
 from datamodules.behaviours.balance import Body
-from datamodules.behaviours.locomotion import HumanoidTargets, stance, start_anywhere, start_standing
+from datamodules.behaviours.locomotion import (
+    HumanoidTargets,
+    Itinerary,
+    LocomotionBehaviours,
+    LocomotionController,
+    stance,
+    start_anywhere,
+    start_standing,
+)
+from datamodules.behaviours.trained import load_policy, save_policy
+from datamodules.environments.batched_mujoco import BatchedMujocoEnv
+from datamodules.environments.commanded import CommandedEnv
 from datamodules.environments.domains import HUMANOID
 from datamodules.environments.simulation import BatchSimulation
 
@@ -59,3 +78,116 @@ def test_getting_up_begins_anywhere():
     assert torch.equal(mixed, heads(None))
     with pytest.raises(ValueError, match=r"shares=.*: expected some of reset, lying, crouching, standing"):
         start_anywhere(simulation, 2, torch.Generator(), {"flying": 1.0})
+
+
+OBSERVES = ["joint_angles", "head_height", "torso_upright", "forward_velocity", "angular_velocity", "joint_velocities"]
+CADENCE = [0.8, 0.35, 0.9, 1.9]
+
+
+@pytest.fixture
+def skills(tmp_path):
+    """Two policies of random weights, as files."""
+    torch.manual_seed(0)
+    paths = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    for path in paths:
+        size = 21 + 3 + 3 + 21 + 5
+        network = partial(EnsembleMLP, hidden_dim=8, activation="silu", last_gain=1.0)
+        actor = NormalActor(size, 21, network, std=0.3)
+        encoder = torch.nn.Sequential(ObservationNormaliser([size]), FlatObservations([size]))
+        encoder[0].merge(torch.randn(50, size))
+        save_policy(ActorPolicy(encoder, actor, "explore"), path, {"observes": OBSERVES, "cadence": CADENCE})
+    return paths
+
+
+def controller(paths, env, skills, times, commands=None, noise=0.0, rises=False, **settings):
+    rows = len(skills)
+    commands = torch.zeros(rows, len(skills[0]), 3) if commands is None else torch.tensor(commands)
+    itinerary = Itinerary(
+        torch.tensor(skills), commands, torch.tensor(times), torch.full((rows,), noise), torch.full((rows,), rises)
+    )
+    return LocomotionController(paths, env.columns, itinerary, riser=1, seed=0, **settings)
+
+
+def test_a_policy_does_in_data_what_it_did_where_it_learned(skills):
+    learned = CommandedEnv(
+        "humanoid",
+        "head_height",
+        3,
+        observes=OBSERVES,
+        commands={"forward": [1.0, 2.0]},
+        cadence=CADENCE,
+        controller=HumanoidTargets,
+        start=start_standing,
+        num_threads=1,
+    )
+    plain = BatchedMujocoEnv("humanoid", num_envs=3, num_threads=1)
+    there = learned.reset()
+    plain.set_physics(there["physics"])
+    commands = learned._command.unsqueeze(1).tolist()
+    drives = controller(skills, plain, [[0]] * 3, [[0]] * 3, commands)
+    drives.phase.copy_(learned._phase)
+    policy, here = load_policy(skills[0], "act"), plain.current()
+    for _ in range(8):
+        there = learned.step(there.set("action", policy(there["observation"])))["next"]
+        here = plain.step(here.set("action", drives(here["physics"], here["measurements"])))["next"]
+        assert torch.allclose(there["physics"], here["physics"], atol=1e-6)
+
+
+def test_rows_follow_their_itineraries_and_get_up_when_they_lie(skills):
+    env = BatchedMujocoEnv("humanoid", num_envs=2, num_threads=1)
+    state = env.reset()
+    head = env.columns["head_height"].start
+    drives = controller(skills, env, [[0, 1], [0, 0]], [[0, 2], [0, 5]], [[[1.0, 0, 0]] * 2] * 2, rises=True)
+
+    def now(*heights):
+        measured = state["measurements"].clone()
+        measured[:, head] = torch.tensor(heights)
+        drives(state["physics"], measured)
+        return drives.rising.tolist()
+
+    place = [drives._now(torch.full((2,), 1.4))[0].tolist() for drives.clock in torch.arange(4)]
+    assert place == [[0, 0], [0, 0], [1, 0], [1, 0]]
+    drives.steady.zero_()
+    assert now(1.4, 0.8) == [False, True]
+    assert now(1.4, 1.2) == [False, True]
+    skill, command = drives._now(torch.tensor([1.4, 1.2]))
+    assert skill.tolist()[1] == 1
+    assert command[:, 0].tolist() == [1.0, 0.0]
+    for _ in range(drives.STEADY - 1):
+        assert now(1.4, 1.4) == [False, True]
+    assert now(1.4, 1.4) == [False, False]
+    stays = controller(skills, env, [[0]], [[0]])
+    assert stays._now(torch.tensor([0.1]))[0].tolist() == [0]
+
+
+def test_noise_comes_in_bursts_and_goes_on_where_it_was(skills):
+    env = BatchedMujocoEnv("humanoid", num_envs=4, num_threads=1)
+    state = env.reset()
+    settings = {"skills": [[0]] * 4, "times": [[0]] * 4, "bursts": (1, 5)}
+    quiet, noisy, other = (controller(skills, env, noise=noise, **settings) for noise in (0.0, 0.2, 0.2))
+    pushed = []
+    for step in range(20):
+        if step == 7:
+            other.load_state_dict(noisy.state_dict())
+        expected = quiet(state["physics"], state["measurements"])
+        found = noisy(state["physics"], state["measurements"])
+        pushed.append((found != expected).any(1))
+        if step >= 7:
+            assert torch.equal(other(state["physics"], state["measurements"]), found)
+    assert torch.stack(pushed).sum(0).tolist() == [4] * 4
+
+
+def test_episodes_of_locomotion_are_those_of_their_seed():
+    behaviours = LocomotionBehaviours()
+    first, again, other = (behaviours.episodes(10, seed, 40) for seed in (3, 3, 4))
+    assert torch.equal(first.physics, again.physics)
+    assert not torch.equal(first.physics, other.physics)
+    assert first.source.tolist() == [4] * 6 + [5] * 4
+    assert first.rises[6:].all()
+    env = BatchedMujocoEnv("humanoid", num_envs=10, num_threads=1, start=lambda *_: first.physics.numpy())
+    state = env.reset()
+    actions = [each.policy(state.clone())["action"] for each in (first, again)]
+    assert torch.equal(*actions)
+    assert actions[0].abs().max() <= 1
+    with pytest.raises(ValueError, match=r"shares=\{'fly': 1.0\}: expected some of walk, rise"):
+        LocomotionBehaviours({"fly": 1.0})

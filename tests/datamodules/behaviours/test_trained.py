@@ -4,11 +4,14 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
-from components.control.actors import ActorPolicy, DeterministicActor, GaussianActor
+from components.control.actors import ActorPolicy, DeterministicActor, GaussianActor, NormalActor
+from components.control.normalisation import ObservationNormaliser
 from components.networks.encoders import FlatObservations, StandardisedObservations
 from components.networks.ensemble import EnsembleMLP
-from datamodules.behaviours.trained import BEHAVIOURS, TrainedPolicies, load_policy, save_policy
+from components.networks.equivariant import ReflectedNetwork, Reflection
+from datamodules.behaviours.trained import BEHAVIOURS, TrainedPolicies, load_policy, policy_settings, save_policy
 from datamodules.environments.batched_mujoco import BatchedMujocoEnv
 from datamodules.environments.domains import DOMAINS
 
@@ -108,3 +111,35 @@ def test_policies_that_could_not_be_loaded_are_not_saved(policy, tmp_path):
     ):
         save_policy(policy, tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("reflected", [True, False])
+def test_normal_actors_come_back_with_reflection_normaliser_and_what_they_were_told(tmp_path, reflected):
+    network = partial(EnsembleMLP, hidden_dim=8, layers=3, activation="silu", last_gain=1.0)
+    if reflected:
+        sides = Reflection([1, 0, 2, 3], [1.0, 1.0, -1.0, 1.0]), Reflection([1, 0], [1.0, 1.0])
+        network = partial(ReflectedNetwork, inputs=sides[0], outputs=sides[1], network=network)
+    actor = NormalActor(4, 2, network, std=0.3, squash=True)
+    normaliser = ObservationNormaliser([4], bound=2.0, eps=1e-3)
+    normaliser.merge(3 * torch.randn(100, 4) + 1)
+    policy = ActorPolicy(nn.Sequential(normaliser, FlatObservations([4])), actor, "explore")
+    save_policy(policy, tmp_path / "a.safetensors", {"observes": ["height"], "cadence": [0.5, 1.0]})
+    observation = 5 * torch.randn(6, 4)
+    for use in ("act", "explore"):
+        policy.use, loaded = use, load_policy(tmp_path / "a.safetensors", use)
+        torch.manual_seed(1)
+        expected = policy(observation)
+        torch.manual_seed(1)
+        assert torch.equal(loaded(observation), expected)
+    assert policy_settings(tmp_path / "a.safetensors") == {"observes": ["height"], "cadence": [0.5, 1.0]}
+    assert policy_settings(BEHAVIOURS / "walker/run_late.safetensors") == {}
+    if reflected:
+        metadata = {"actor": "normal", "squash": "true", "activation": '"silu"', "inputs": "[[0, 0], [1, 1]]"}
+        save_file(policy.state_dict(), tmp_path / "b.safetensors", metadata)
+        with pytest.raises(
+            ValueError, match=r"b.safetensors: expected a tanh-Gaussian or normal actor of linear layers"
+        ):
+            load_policy(tmp_path / "b.safetensors")
+    save_file({"a": torch.ones(1)}, tmp_path / "c.safetensors", {"told": "[]"})
+    with pytest.raises(ValueError, match=r"c.safetensors: expected what its policy was told as a mapping"):
+        policy_settings(tmp_path / "c.safetensors")
