@@ -287,6 +287,10 @@ HUMANOID = Domain(
             "speed of the centre of mass along the floor (m/s)",
             lambda s: torch.hypot(s.sensors["com_velocity"][:, 0], s.sensors["com_velocity"][:, 1]),
         ),
+        "distance": Quantity(
+            "of the trunk from the world's origin along the floor (m), above which episodes begin",
+            lambda s: torch.hypot(s.qpos[:, 0], s.qpos[:, 1]),
+        ),
         "forward_velocity": Quantity("velocity of the centre of mass where the trunk faces (m/s)", _forward_velocity),
         "leftward_velocity": Quantity("velocity of the centre of mass to the trunk's left (m/s)", _leftward_velocity),
         "angular_velocity": Quantity(
