@@ -288,7 +288,7 @@ HUMANOID = Domain(
             lambda s: torch.hypot(s.sensors["com_velocity"][:, 0], s.sensors["com_velocity"][:, 1]),
         ),
         "distance": Quantity(
-            "of the trunk from the world's origin along the floor (m), above which episodes begin",
+            "distance of the trunk along the floor (m) from the origin of the world, where episodes begin",
             lambda s: torch.hypot(s.qpos[:, 0], s.qpos[:, 1]),
         ),
         "forward_velocity": Quantity("velocity of the centre of mass where the trunk faces (m/s)", _forward_velocity),
