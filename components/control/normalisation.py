@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from components.checks import Count, Positive, Share, checked
 from components.distributed import sum_
+from components.networks.equivariant import Reflection
 
 
 class RunningMoments(nn.Module):
@@ -48,15 +49,25 @@ class ObservationNormaliser(nn.Module):
         observation_shape: [O].
         bound: what normalised numbers are clipped to.
         eps: added to the variance.
+        reflection: that networks behind it commute with: every observation counts as its reflection does, or what is
+            normalised would not commute with it.
     """
 
-    def __init__(self, observation_shape: Sequence[Count], bound: Positive = 10.0, eps: Positive = 1e-8) -> None:
+    def __init__(
+        self,
+        observation_shape: Sequence[Count],
+        bound: Positive = 10.0,
+        eps: Positive = 1e-8,
+        reflection: Reflection | None = None,
+    ) -> None:
         super().__init__()
         self.moments = RunningMoments(observation_shape)
-        self.bound, self.eps = bound, eps
+        self.bound, self.eps, self.reflection = bound, eps, reflection
 
     def merge(self, observation: Tensor) -> None:
         """Take in observations [N, O]."""
+        if self.reflection is not None:
+            observation = torch.cat([observation, self.reflection(observation)])
         self.moments.merge(observation)
 
     def forward(self, observation: Tensor) -> Tensor:

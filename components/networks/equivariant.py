@@ -33,6 +33,10 @@ class Reflection:
                 "inverse."
             )
 
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., n] -> [..., n]."""
+        return x[..., list(self.source)] * torch.tensor(list(self.sign), dtype=x.dtype, device=x.device)
+
 
 @checked
 class ReflectedNetwork(nn.Module):

@@ -107,7 +107,7 @@ def start_anywhere(
     if set(shares) - set(START_SHARES) or not sum(shares.values()):
         raise ValueError(f"shares={shares}: expected some of {', '.join(START_SHARES)}, found others or none.")
     weights = torch.tensor([shares.get(name, 0.0) for name in START_SHARES], dtype=torch.float64)
-    kind = torch.multinomial(weights, rows, replacement=True, generator=generator).numpy() if rows else np.zeros(0)
+    kind = torch.multinomial(weights, rows, replacement=True, generator=generator).numpy()
     reset, lying, crouching, standing = ((kind == number).nonzero()[0] for number in range(len(START_SHARES)))
     states = np.empty((rows, simulator.model.nq + simulator.model.nv))
     dropped = np.concatenate([reset, lying])
@@ -244,16 +244,12 @@ class Skill:
 
 _NONE = (0.0, 0.0)
 SKILLS = {
-    "walk": Skill("walk_late", ((1.0, 1.0), _NONE, _NONE), 0.4),
-    "run": Skill("run_late", ((1.5, 3.5), _NONE, _NONE), 0.25),
-    "stand": Skill("get_up_late", (_NONE, _NONE, _NONE), 0.15),
-    "backward": Skill("backward_late", ((-0.5, -0.5), _NONE, _NONE), 0.05),
-    "left": Skill("sideways_late", (_NONE, (0.4, 0.4), _NONE), 0.04),
-    "right": Skill("sideways_late", (_NONE, (-0.4, -0.4), _NONE), 0.04),
-    "turn_left": Skill("turn_late", (_NONE, _NONE, (0.8, 0.8)), 0.035),
-    "turn_right": Skill("turn_late", (_NONE, _NONE, (-0.8, -0.8)), 0.035),
+    "walk": Skill("walk_late", ((1.0, 1.0), _NONE, _NONE), 0.8),
+    "backward": Skill("backward_late", ((-0.5, -0.5), _NONE, _NONE), 0.2),
 }
-"""What rows of `LocomotionBehaviours` choose from; by ``stand`` they also get up."""
+"""What rows of `LocomotionBehaviours` choose from."""
+RISING = Skill("get_up_late", (_NONE, _NONE, _NONE), 0.0)
+"""What rows that lie follow, and those that stay where they have got up."""
 LOCOMOTION_SOURCES = ("walk", "rise")
 
 
@@ -264,10 +260,11 @@ def _columns() -> dict[str, slice]:
 
 @checked
 class LocomotionBehaviours:
-    """Draws episodes in which shipped policies walk, run, stop, turn and get up, after itineraries of their own.
+    """Draws episodes in which shipped policies walk and get up, after itineraries of their own.
 
-    `walk` begins standing and changes between skills, and half of the rows get up when they have fallen; `rise` begins
-    in the suite's own reset or lying on the floor, gets up, and then stays or goes on as the others.
+    `walk` begins standing and changes between `SKILLS`; `rise` begins in the suite's own reset or lying on the floor,
+    gets up, and then stays or goes on as the others. With rows that rise, half of those that walk get up too when they
+    have fallen.
 
     Args:
         shares: how many of the rows belong to each of `LOCOMOTION_SOURCES`, in proportion.
@@ -283,16 +280,15 @@ class LocomotionBehaviours:
         bursts: tuple[Size, Size] = (1, 15),
         seconds: tuple[Positive, Positive] = (1.5, 6.0),
     ) -> None:
-        self.shares = shares or {"walk": 0.6, "rise": 0.4}
+        self.shares = shares or {"walk": 1.0}
         if set(self.shares) - set(LOCOMOTION_SOURCES) or not sum(self.shares.values()):
             raise ValueError(f"shares={dict(self.shares)}: expected some of {', '.join(LOCOMOTION_SOURCES)}.")
         self.max_noise, self.bursts, self.seconds = max_noise, bursts, seconds
+        rises = [RISING] if self.shares.get("rise") else []
+        self.policies = list(dict.fromkeys(skill.policy for skill in (*SKILLS.values(), *rises)))
         self.paths = [BEHAVIOURS / "humanoid" / f"{name}.safetensors" for name in self.policies]
         for path in self.paths:
             check_file(path, "a policy that ships with the project")
-
-    policies = tuple(dict.fromkeys(skill.policy for skill in SKILLS.values()))
-    """Names of the policies that drive the rows."""
 
     def episodes(self, rows: int, seed: int, steps: int) -> Episodes:
         """Starts and policy of N episodes of `steps` control steps; the same arguments give the same episodes."""
@@ -309,26 +305,25 @@ class LocomotionBehaviours:
             commands.float(),
             times,
             torch.from_numpy(rng.uniform(0, self.max_noise, rows)).float(),
-            torch.from_numpy(~walks | (rng.random(rows) < 0.5)),
+            torch.from_numpy(~walks | ((rng.random(rows) < 0.5) & (walking < rows))),
         )
         controller = LocomotionController(
             self.paths,
             _columns(),
             itinerary,
-            self.policies.index(SKILLS["stand"].policy),
+            len(self.policies) - 1,
             int(rng.integers(2**31)),
             self.bursts,
         )
         simulator = BatchSimulation(HUMANOID, num_threads=1)
-        starts = np.concatenate(
-            [
-                start_standing(simulator, walking, generator),
-                start_anywhere(simulator, rows - walking, generator, {"reset": 0.6, "lying": 0.4}),
-            ]
-        )
+        starts = []
+        if walking:
+            starts.append(start_standing(simulator, walking, generator))
+        if walking < rows:
+            starts.append(start_anywhere(simulator, rows - walking, generator, {"reset": 0.6, "lying": 0.4}))
         policy = TensorDictModule(controller, in_keys=["physics", "measurements"], out_keys=["action"])
         source = len(SOURCES) + torch.from_numpy(~walks).long()
-        return Episodes(torch.from_numpy(starts), policy, source, itinerary.rises)
+        return Episodes(torch.from_numpy(np.concatenate(starts)), policy, source, itinerary.rises)
 
     def _itinerary(
         self, walks: bool, steps: int, rng: np.random.Generator
@@ -339,8 +334,7 @@ class LocomotionBehaviours:
         plan, begins = [], 0
         stays = not walks and rng.random() < 0.4
         while begins < steps:
-            name = "stand" if stays else names[rng.choice(len(names), p=weights / weights.sum())]
-            skill = SKILLS[name]
+            skill = RISING if stays else SKILLS[names[rng.choice(len(names), p=weights / weights.sum())]]
             command = tuple(float(rng.uniform(*span)) for span in skill.spans)
             plan.append((self.policies.index(skill.policy), command, begins))
             begins += round(rng.uniform(*self.seconds) / CONTROL_SECONDS)

@@ -1,6 +1,7 @@
 import torch
 
 from components.control.normalisation import ObservationNormaliser, RewardNormaliser, RunningMoments
+from components.networks.equivariant import Reflection
 
 
 def test_merged_moments_are_those_of_all_rows():
@@ -45,3 +46,21 @@ def test_rewards_are_scaled_by_the_spread_of_their_discounted_sums():
         spread = torch.tensor(seen).std(correction=0)
         assert torch.allclose(found, (reward[rollout] / spread).clamp(-1.5, 1.5), atol=1e-4)
         assert torch.allclose(carried, torch.tensor(totals), atol=1e-5)
+
+
+def test_what_is_normalised_commutes_with_a_reflection():
+    torch.manual_seed(0)
+    reflection = Reflection([1, 0, 2], [1.0, 1.0, -1.0])
+    plain, normaliser = ObservationNormaliser([3]), ObservationNormaliser([3], reflection=reflection)
+    for _ in range(3):  # of one side alone
+        seen = torch.randn(100, 3) * torch.tensor([1.0, 3.0, 0.1]) + torch.tensor([5.0, 0.0, 0.4])
+        normaliser.merge(seen)
+        plain.merge(seen)
+    expected = reflection(normaliser(seen))
+    assert torch.allclose(normaliser(reflection(seen)), expected, atol=1e-6)
+    assert not torch.allclose(plain(reflection(seen)), reflection(plain(seen)), atol=0.1)
+    both = torch.cat([seen, reflection(seen)])
+    alone = ObservationNormaliser([3], reflection=reflection)
+    alone.merge(seen)
+    assert torch.allclose(alone.moments.mean, both.double().mean(0))
+    assert torch.allclose(alone.moments.variance, both.double().var(0, correction=0))

@@ -10,6 +10,7 @@ from components.control.actors import ActorPolicy, NormalActor
 from components.control.normalisation import ObservationNormaliser
 from components.networks.encoders import FlatObservations
 from components.networks.ensemble import EnsembleMLP
+from datamodules.behaviours import locomotion
 from datamodules.behaviours.balance import Body
 from datamodules.behaviours.locomotion import (
     HumanoidTargets,
@@ -20,7 +21,7 @@ from datamodules.behaviours.locomotion import (
     start_anywhere,
     start_standing,
 )
-from datamodules.behaviours.trained import load_policy, save_policy
+from datamodules.behaviours.trained import BEHAVIOURS, load_policy, save_policy
 from datamodules.environments.batched_mujoco import BatchedMujocoEnv
 from datamodules.environments.commanded import CommandedEnv
 from datamodules.environments.domains import HUMANOID
@@ -182,8 +183,8 @@ def test_episodes_of_locomotion_are_those_of_their_seed():
     first, again, other = (behaviours.episodes(10, seed, 40) for seed in (3, 3, 4))
     assert torch.equal(first.physics, again.physics)
     assert not torch.equal(first.physics, other.physics)
-    assert first.source.tolist() == [4] * 6 + [5] * 4
-    assert first.rises[6:].all()
+    assert first.source.tolist() == [4] * 10
+    assert not first.rises.any()
     env = BatchedMujocoEnv("humanoid", num_envs=10, num_threads=1, start=lambda *_: first.physics.numpy())
     state = env.reset()
     actions = [each.policy(state.clone())["action"] for each in (first, again)]
@@ -191,3 +192,39 @@ def test_episodes_of_locomotion_are_those_of_their_seed():
     assert actions[0].abs().max() <= 1
     with pytest.raises(ValueError, match=r"shares=\{'fly': 1.0\}: expected some of walk, rise"):
         LocomotionBehaviours({"fly": 1.0})
+
+
+def test_rows_that_rise_begin_lying_or_in_the_air(monkeypatch):
+    monkeypatch.setattr(locomotion, "RISING", locomotion.SKILLS["walk"])
+    episodes = LocomotionBehaviours({"walk": 0.6, "rise": 0.4}).episodes(10, 0, 40)
+    assert episodes.source.tolist() == [4] * 6 + [5] * 4
+    assert episodes.rises[6:].all()
+    heads = (
+        BatchSimulation(HUMANOID, num_threads=1).snapshot(episodes.physics.numpy(), np.zeros((10, 21))).sensors["head"]
+    )
+    assert (heads[:6, 2] > 1.3).all()
+    assert heads[6:, 2].min() < 0.5
+    alone = LocomotionBehaviours({"rise": 1.0}).episodes(3, 0, 40)
+    assert alone.rises.all()
+
+
+def test_shipped_skills_go_where_they_are_told():
+    """Each for four seconds from standing, in the plain environment; one of ten falls at the start."""
+    told = {
+        "walk_late": ([1.0, 0, 0], "forward_velocity", 0.8),
+        "backward_late": ([-0.5, 0, 0], "forward_velocity", -0.35),
+    }
+    paths = [BEHAVIOURS / "humanoid" / f"{name}.safetensors" for name in told]
+    env = BatchedMujocoEnv("humanoid", num_envs=16, start=start_standing, seed=0)
+    state = env.reset()
+    commands = [[command] for command, *_ in told.values() for _ in range(8)]
+    drives = controller(paths, env, [[0]] * 8 + [[1]] * 8, [[0]] * 16, commands)
+    velocities = []
+    for _ in range(160):
+        state = env.step(state.set("action", drives(state["physics"], state["measurements"])))["next"]
+        measured = env.named(state["measurements"])
+        velocities.append(measured["forward_velocity"])
+    assert (measured["head_height"] > 1.2).view(2, 8).sum(1).min() >= 6
+    walked, back = torch.stack(velocities)[80:].mean(0).view(2, 8).median(1).values
+    assert walked > told["walk_late"][2]
+    assert back < told["backward_late"][2]

@@ -26,7 +26,8 @@ def test_what_ships_is_what_the_manifest_says(body):
     assert files == sorted(manifest)
     assert body in DOMAINS
     env = BatchedMujocoEnv(body, num_threads=1)
-    observation = env.reset()["observation"]
+    state = env.reset()
+    observation = state["observation"]
     for name, made in manifest.items():
         assert made["command"].startswith("python train.py experiment=")
         assert "/" not in made["command"]
@@ -35,8 +36,11 @@ def test_what_ships_is_what_the_manifest_says(body):
         assert made["scores"]
         file = path.parent / f"{name}.safetensors"
         assert file.stat().st_size < 250_000
-        policy = load_policy(file)
-        assert policy(observation).shape == env.action_spec.shape
+        seen, told = observation, policy_settings(file)
+        if told:  # measurements by name, a command of three numbers and a clock of two
+            measured = [state["measurements"][:, env.columns[each]] for each in told["observes"]]
+            seen = torch.cat([*measured, torch.zeros(1, 5)], 1)
+        assert load_policy(file)(seen).shape == env.action_spec.shape
 
 
 def test_shipped_policies_do_what_they_learned():
