@@ -296,7 +296,7 @@ class LocomotionBehaviours:
         share = self.shares.get("walk", 0.0) / sum(self.shares.values())
         walking = round(rows * share)
         walks = np.arange(rows) < walking
-        plans = [self._itinerary(begins == "walk", steps, rng) for begins in np.where(walks, "walk", "rise")]
+        plans = [self._itinerary(each, steps, rng) for each in walks]
         longest = max(len(plan) for plan in plans)
         plans = [plan + plan[-1:] * (longest - len(plan)) for plan in plans]
         skills, commands, times = (torch.tensor([[part[i] for part in plan] for plan in plans]) for i in range(3))
