@@ -78,7 +78,8 @@ def start_standing(
 
 CROUCHES = (Posture(head_height=1.05, pitch=0.2), Posture(head_height=1.15, pitch=0.1), Posture(head_height=1.27))
 _FALLING_STEPS = 200  # of the simulation, one second
-START_SHARES = {"reset": 0.4, "lying": 0.3, "crouching": 0.15, "standing": 0.15}
+_FALLS = (40, 70, 100, 130)  # the same, until falls from standing are taken up
+START_SHARES = {"reset": 0.3, "lying": 0.2, "falling": 0.3, "crouching": 0.1, "standing": 0.1}
 
 
 @lru_cache(maxsize=1)
@@ -95,20 +96,20 @@ def start_anywhere(
     shares: Mapping[str, NonNegative] | None = None,
     noise: NonNegative = 0.1,
 ) -> np.ndarray:
-    """Where getting up begins: the suite's own reset, lying on the floor, crouching and standing.
+    """Where getting up begins: the suite's own reset, lying on the floor, falling, crouching and standing.
 
-    Lying is what a second without control makes of the suite's reset.
+    Lying is what a second without control makes of the suite's reset; falling what a part of it makes of standing.
 
     Args:
-        shares: of ``reset``, ``lying``, ``crouching``, ``standing``, in proportion; `START_SHARES` if None.
-        noise: on the angles of joints (rad) and all velocities, of those that crouch or stand.
+        shares: of ``reset``, ``lying``, ``falling``, ``crouching``, ``standing``, in proportion; `START_SHARES` if None.
+        noise: on the angles of joints (rad) and all velocities, of those that fall, crouch or stand.
     """
     shares = dict(shares or START_SHARES)
     if set(shares) - set(START_SHARES) or not sum(shares.values()):
         raise ValueError(f"shares={shares}: expected some of {', '.join(START_SHARES)}, found others or none.")
     weights = torch.tensor([shares.get(name, 0.0) for name in START_SHARES], dtype=torch.float64)
     kind = torch.multinomial(weights, rows, replacement=True, generator=generator).numpy()
-    reset, lying, crouching, standing = ((kind == number).nonzero()[0] for number in range(len(START_SHARES)))
+    reset, lying, falling, crouching, standing = ((kind == number).nonzero()[0] for number in range(len(START_SHARES)))
     states = np.empty((rows, simulator.model.nq + simulator.model.nv))
     dropped = np.concatenate([reset, lying])
     if len(dropped):
@@ -116,6 +117,10 @@ def start_anywhere(
     if len(lying):
         idle = np.zeros((len(lying), simulator.model.nu))
         states[lying] = simulator.advance(states[lying], idle, _FALLING_STEPS)[0]
+    for number, steps in enumerate(_FALLS):
+        if len(own := falling[number :: len(_FALLS)]):
+            tall = start_standing(simulator, len(own), generator, noise)
+            states[own] = simulator.advance(tall, np.zeros((len(own), simulator.model.nu)), steps)[0]
     if len(crouching):
         which = torch.randint(len(CROUCHES), (len(crouching),), generator=generator).numpy()
         states[crouching] = _disturbed(_crouches()[which], noise, noise, generator)

@@ -72,12 +72,15 @@ def test_getting_up_begins_anywhere():
     assert (heads({"standing": 1.0}) > 1.3).all()
     crouching = heads({"crouching": 1.0})
     assert ((crouching > 0.8) & (crouching < 1.4)).all()
+    falling = heads({"falling": 1.0})
+    assert falling.max() - falling.min() > 0.4
+    assert falling[::4].mean() > falling[3::4].mean() + 0.2  # the longer, the lower
     assert (heads({"lying": 1.0}) < 0.7).float().mean() > 0.9
     assert (heads({"reset": 1.0}) > 1.2).all()  # in the air
     mixed = heads(None)
     assert mixed.min() < 0.3 < 1.3 < mixed.max()
     assert torch.equal(mixed, heads(None))
-    with pytest.raises(ValueError, match=r"shares=.*: expected some of reset, lying, crouching, standing"):
+    with pytest.raises(ValueError, match=r"shares=.*: expected some of reset, lying, falling, crouching, standing"):
         start_anywhere(simulation, 2, torch.Generator(), {"flying": 1.0})
 
 
