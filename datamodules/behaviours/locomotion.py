@@ -101,7 +101,7 @@ def start_anywhere(
     Lying is what a second without control makes of the suite's reset; falling what a part of it makes of standing.
 
     Args:
-        shares: of ``reset``, ``lying``, ``falling``, ``crouching``, ``standing``, in proportion; None for `START_SHARES`.
+        shares: of ``reset``, ``lying``, ``falling``, ``crouching``, ``standing``; None for `START_SHARES`.
         noise: on the angles of joints (rad) and all velocities, of those that fall, crouch or stand.
     """
     shares = dict(shares or START_SHARES)
