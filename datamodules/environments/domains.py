@@ -16,6 +16,8 @@ import torch
 from dm_control.suite import common, quadruped
 from torch import Tensor
 
+from components.buildable import buildable
+
 Xml = ElementTree.Element
 Sensor = tuple[str, dict[str, str]]
 """XML tag and attributes of a MuJoCo sensor."""
@@ -165,6 +167,7 @@ def _start_random(simulator: Simulator, rows: int, generator: torch.Generator) -
     return _physics(simulator.model, _random_joints(simulator.model, rows, generator))
 
 
+@buildable()
 def start_random_untouched(simulator: Simulator, rows: int, generator: torch.Generator) -> np.ndarray:
     """Random joints, drawn again until nothing touches anything."""
     qpos = np.empty((rows, simulator.model.nq))
