@@ -150,6 +150,7 @@ class CommandedEnv(BatchedMujocoEnv):
         if self.assistance is not None:
             self._window = self._window + torch.stack([result["reward"].mean(), torch.ones(())])
             if self._window[1] >= self.assistance.window:
+                print("HELP %.3f %.3f" % (self._help_scale, self._window[0] / self._window[1]), flush=True)
                 self._help_scale = self.assistance.faded(self._help_scale, self._window[0] / self._window[1])
                 self._window = torch.zeros(2)
         return result
@@ -157,7 +158,8 @@ class CommandedEnv(BatchedMujocoEnv):
     def _applied(self) -> np.ndarray | None:
         if self.assistance is None:
             return None
-        return self.assistance.forces(self._physics, self._help.double().numpy(), self.simulation.model.nq)
+        self.simulation.model.opt.gravity[2] = -9.81 * (1 - 0.75 * float(self._help_scale))
+        return None
 
     def _control(self, action: Tensor) -> np.ndarray:
         if self._controller is not None:
