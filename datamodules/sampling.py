@@ -1,6 +1,7 @@
 """Loaders: batches drawn by a rule that needs no state to resume, and tasks to evaluate on."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,7 @@ class UniformBatches:
         updates_per_step: batches in a stack.
         start, stop: the updates to yield batches for, start <= u < stop.
         seed: of the run.
+        futures: draws what followed, if that is asked for.
     """
 
     data: TensorDict
@@ -57,6 +59,7 @@ class UniformBatches:
     start: int
     stop: int
     seed: int
+    futures: "Futures | None" = None
 
     def __len__(self) -> int:
         return max(0, self.stop - self.start) // self.updates_per_step
@@ -66,7 +69,34 @@ class UniformBatches:
         for update in range(self.start, self.stop, self.updates_per_step):
             generator = batch_generator(self.seed, update)
             index = torch.randint(self.data.batch_size[0], shape, generator=generator)
-            yield self.data[_sent(index, self.data.device)]
+            index = _sent(index, self.data.device)
+            batch = self.data[index]
+            if self.futures is not None:
+                batch["next", "future"] = self.futures.draw(index, generator)
+            yield batch
+
+
+@dataclass
+class Futures:
+    """Draws states that follow transitions in their episodes.
+
+    Attributes:
+        next_observation: of all transitions, [n, O].
+        last: the last transition of each one's episode, int64 [n].
+        states, discount: see `LearningMethod.futures`.
+    """
+
+    next_observation: Tensor
+    last: Tensor
+    states: int
+    discount: float
+
+    def draw(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        """Next observations [..., K, O] of transitions that are not before those of `index` [...]."""
+        chance = torch.rand(*index.shape, self.states, generator=generator, dtype=torch.float64)
+        later = (torch.log1p(-chance) / math.log(max(self.discount, 1e-300))).long()  # geometric, from 0 on
+        last = self.last[index].unsqueeze(-1)
+        return self.next_observation[torch.minimum(index.unsqueeze(-1) + _sent(later, index.device), last)]
 
 
 @dataclass

@@ -241,6 +241,11 @@ class LearningMethod(L.LightningModule, ABC):
     """Whether batches have to hold the action that the data have next, `("next", "data_action")` [B, A], NaN where an
     episode ends; of a datamodule that `knows_next_actions`."""
 
+    futures: tuple[int, float] | None = None
+    """How many states K that follow in the same episode batches have to hold for each row, and a discount: each is k
+    steps after the next with probability (1 - discount) discount^k, or the episode's last where that ends before. They
+    are `("next", "future")` [B, K, O]; of a datamodule that `knows_futures`. None for nothing."""
+
     def take_priorities(self) -> tuple[Tensor, Tensor] | None:
         """Indices [B] and logits [B] that the last update gave, once; None where there are none."""
         taken, self._priorities = self._priorities, None
@@ -398,6 +403,7 @@ class LearningMethod(L.LightningModule, ABC):
         for wanted, offer, what in (
             (self.prioritised is not None, "draws_by_priority", "draws by priorities"),
             (self.next_data_actions, "knows_next_actions", "knows the actions that come next"),
+            (self.futures is not None, "knows_futures", "knows what follows each transition"),
         ):
             if wanted and not getattr(data, offer, False):
                 raise ValueError(

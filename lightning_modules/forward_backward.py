@@ -14,7 +14,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
-from components.checks import Count, LearningRate, NonNegative, Number, Positive, Share, Size, checked, vector_size
+from components.checks import Count, LearningRate, Momentum, NonNegative, Number, Positive, Share, Size, checked, vector_size
 from components.control.actor_objectives import AdvantageSampled, Critic, Objective
 from components.control.forward_backward import (
     BackwardMap,
@@ -56,6 +56,9 @@ class ForwardBackward(LearningMethod):
         orthonormality_convention: ``half`` (1/2 of the squared off-diagonal) or ``full``, which is twice that.
         measure_pessimism: pairwise-disagreement penalty of the target measure.
         goal_probability: share of training task vectors that encode goals of the batch.
+        hindsight_probability: share of those that encode what followed a row in the data; the rest are uniform.
+        hindsight_states: states that are drawn from what followed, which the task vector is the mean of.
+        hindsight_discount: of how much later they are: k steps with probability (1 - discount) discount^k.
         goal_key: ``next_observation`` or ``observation``, where goals are taken from.
         groups: distinct task vectors in a batch for several blocks; one block always has one for each row.
         within_groups: compare rows with the next states of their own group only.
@@ -64,6 +67,8 @@ class ForwardBackward(LearningMethod):
         policy_std, policy_noise_clip: noise of the policy, and its bound in targets.
         normalise_observations: standardise observations by running statistics of the data.
         normalise_z: ``global`` or ``block``, see `BackwardMap.infer`.
+        inference_sharpness: beta, by which task vectors are inferred from the states with the best rewards above all,
+            see `infer`.
         evaluation_samples: actions drawn in evaluation, of which the best is taken; 1 is the mean action.
         evaluation_pessimism: of the value by which they are compared.
     """
@@ -89,6 +94,9 @@ class ForwardBackward(LearningMethod):
         orthonormality_convention: str = "half",
         measure_pessimism: Number = 0.0,
         goal_probability: Share = 0.5,
+        hindsight_probability: Share = 0.0,
+        hindsight_states: Size = 8,
+        hindsight_discount: Momentum = 0.98,
         goal_key: str = "next_observation",
         groups: Size = 32,
         within_groups: bool = False,
@@ -98,6 +106,7 @@ class ForwardBackward(LearningMethod):
         policy_noise_clip: NonNegative = 0.3,
         normalise_observations: bool = False,
         normalise_z: str = "global",
+        inference_sharpness: NonNegative = 0.0,
         evaluation_samples: Size = 1,
         evaluation_pessimism: Number = 0.5,
         **loop: Any,
@@ -131,7 +140,9 @@ class ForwardBackward(LearningMethod):
                 "found AdvantageSampled."
             )
         self.objective = objective
-        self.latent_sampler = MixedLatentSampler(goal_probability)
+        self.latent_sampler = MixedLatentSampler(goal_probability, hindsight_probability)
+        if hindsight_probability:
+            self.futures = (hindsight_states, hindsight_discount)
         self.normaliser = (
             nn.BatchNorm1d(observation_dim, affine=False, momentum=0.01) if normalise_observations else None
         )
@@ -148,6 +159,7 @@ class ForwardBackward(LearningMethod):
         self.policy_std = policy_std
         self.policy_noise_clip = policy_noise_clip
         self.normalise_z = normalise_z
+        self.inference_sharpness = inference_sharpness
         self.evaluation_samples = evaluation_samples
         self.evaluation_pessimism = evaluation_pessimism
 
@@ -167,46 +179,62 @@ class ForwardBackward(LearningMethod):
         """One step on F and B, one on the actor with the new F, one of the targets (arXiv 2412.04368; spec order).
 
         Args:
-            batch: [N] with observation [N, O], action [N, A], next observation and next terminated.
+            batch: [N] with observation [N, O], action [N, A], next observation and next terminated; and where
+                something is learned in hindsight the `future` of next observations, [N, K, O].
         """
-        observation, action = batch["observation"], batch["action"]
-        next_observation = batch["next", "observation"]
         if self.normaliser is not None:
-            self._update_normaliser(observation, next_observation)
-        observation, next_observation = self.normalise(observation), self.normalise(next_observation)
-        loss, metrics, z, goals = self._fitted(observation, action, next_observation, batch["next", "terminated"])
+            self._update_normaliser(batch["observation"], batch["next", "observation"])
+        observation, action, _, _, future = rows = self._rows(batch)
+        loss, metrics, z, goals = self._fitted(*rows)
         self.minimise(loss, self.representation_optimizer)
 
         if self.fresh_actor_z:
-            z = self.latent_sampler(self.backward_map, goals, goals.shape[0])
+            z = self.latent_sampler(self.backward_map, goals, goals.shape[0], future)
         loss, actor_metrics = self.actor_loss(observation, action, z)
         self.minimise(loss, self.actor_optimizer)
 
         self.update_targets()
         return TensorDict({**metrics, **actor_metrics, "actor_loss": loss.detach()})
 
+    def _rows(self, batch: TensorDict) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Observation, action, next observation and terminated [N, ...] of a batch, and the future, all normalised."""
+        future = batch.get(("next", "future"), None)
+        return (
+            self.normalise(batch["observation"]),
+            batch["action"],
+            self.normalise(batch["next", "observation"]),
+            batch["next", "terminated"],
+            None if future is None else self.normalise(future.flatten(0, 1)).view_as(future),
+        )
+
     def _fitted(
-        self, observation: Tensor, action: Tensor, next_observation: Tensor, terminated: Tensor
+        self,
+        observation: Tensor,
+        action: Tensor,
+        next_observation: Tensor,
+        terminated: Tensor,
+        future: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
         """The loss of F and B on normalised rows [N, ...], its metrics, and the task vectors [N, d] and goals drawn."""
         discount = self.discount * (1.0 - terminated.float())
         goals = next_observation if self.goal_key == "next_observation" else observation
-        z = self.sample_z(goals)
+        z = self.sample_z(goals, future)
         with torch.no_grad():
             next_action = self.policy_at(next_observation, z).sample(clip=self.policy_noise_clip)
         return *self.representation_loss(observation, action, next_observation, discount, z, next_action), z, goals
 
-    def sample_z(self, goals: Tensor) -> Tensor:
+    def sample_z(self, goals: Tensor, future: Tensor | None = None) -> Tensor:
         """A task vector for each row, [N, d]: all distinct for one block, else `groups` of them, each for N/G rows."""
         rows = goals.shape[0]
         if self.groups is None:
-            return self.latent_sampler(self.backward_map, goals, rows)
+            return self.latent_sampler(self.backward_map, goals, rows, future)
         if rows % self.groups:
             raise ValueError(
                 f"module.groups={self.groups}: expected a divisor of the {rows} transitions that a process has of "
                 "datamodule.batch_size."
             )
-        z = self.latent_sampler(self.backward_map, goals, self.groups)
+        future = None if future is None else future[:: rows // self.groups]  # what followed the first of each group
+        z = self.latent_sampler(self.backward_map, goals, self.groups, future)
         return z.repeat_interleave(rows // self.groups, 0)
 
     def representation_loss(
@@ -309,7 +337,16 @@ class ForwardBackward(LearningMethod):
 
     @torch.no_grad()
     def infer(self, next_observation: Tensor, reward: Tensor) -> Tensor:
-        """The task vectors [T, d] of rewards [n, T] received on arrival in states [n, O] of the training data."""
+        """The task vectors [T, d] of rewards [n, T] received on arrival in states [n, O] of the training data.
+
+        With a sharpness beta above 0, rewards r count as u exp(beta (u - 1)), u = (r - min r) / (max r - min r) over the
+        states: a reward that is not 0 in states of other behaviours, as most are, has a task vector that is a mixture
+        of theirs (the weights of arXiv 2504.11054, whose rewards are in [0, 1] and whose beta is 10).
+        """
+        if self.inference_sharpness:
+            low, high = reward.aminmax(dim=0)
+            share = (reward - low) / (high - low).clamp(min=torch.finfo(reward.dtype).tiny)
+            reward = share * (self.inference_sharpness * (share - 1)).exp()
         return self.backward_map.infer(self.normalise(next_observation), reward, self.normalise_z)
 
     @torch.no_grad()
@@ -335,10 +372,7 @@ class ForwardBackward(LearningMethod):
     @torch.no_grad()
     def fit(self, batch: TensorDict) -> TensorDict:
         """The losses of F and B on transitions [N]; scalars."""
-        observation, next_observation = (
-            self.normalise(rows) for rows in (batch["observation"], batch["next", "observation"])
-        )
-        return TensorDict(self._fitted(observation, batch["action"], next_observation, batch["next", "terminated"])[1])
+        return TensorDict(self._fitted(*self._rows(batch))[1])
 
     def evaluate(self, task: Any) -> TensorDict:
         """Infer z for each reward of an evaluation task from its samples, and roll the policies out.

@@ -163,10 +163,16 @@ class BackwardMap(nn.Module):
         return torch.cat(outputs, -1)
 
     def encode(self, goal: Tensor) -> Tensor:
-        """Task vectors [N, d] of reaching goals [N, O], block after block: z_1 = B_1(g), z_2 = B_2(g, z_1), ..."""
-        z = self.block(0, goal)
+        """Task vectors [N, d] of reaching goals [N, O], block after block: z_1 = B_1(g), z_2 = B_2(g, z_1), ...
+
+        Of several states for each, [N, K, O], the task is to be in each of them alike: what `infer` makes of a reward
+        of 1 in them, before its projection.
+        """
+        states = goal if goal.dim() == 3 else goal.unsqueeze(1)
+        z = self.block(0, states).mean(1)
         for k in range(1, len(self.blocks)):
-            z = torch.cat([z, self.block(k, goal, z)], -1)
+            prefix = self.directions(z).unsqueeze(1).expand(-1, states.shape[1], -1)
+            z = torch.cat([z, self.block(k, states, prefix).mean(1)], -1)
         return z
 
     @torch.no_grad()
@@ -413,16 +419,32 @@ def implicit_reward(backward: Tensor, own: Tensor, z: Tensor) -> Tensor:
 
 @checked
 class MixedLatentSampler(nn.Module):
-    """Task vectors for training: uniform on the sphere, or with probability `goal_probability` those of goals."""
+    """Task vectors for training: of goals, of what followed in the data (hindsight), or uniform on the sphere."""
 
-    def __init__(self, goal_probability: Share = 0.5) -> None:
+    def __init__(self, goal_probability: Share = 0.5, hindsight_probability: Share = 0.0) -> None:
         super().__init__()
-        self.goal_probability = goal_probability
+        if goal_probability + hindsight_probability > 1:
+            raise ValueError(
+                f"module.goal_probability={goal_probability} and module.hindsight_probability={hindsight_probability}: "
+                "expected a sum of at most 1."
+            )
+        self.goal_probability, self.hindsight_probability = goal_probability, hindsight_probability
 
     @torch.no_grad()
-    def forward(self, backward_map: BackwardMap, goals: Tensor, count: int) -> Tensor:
-        """Sample z [count, d] with goals drawn without replacement from [N, O], N >= count."""
-        prior = sample_sphere((count, backward_map.features), goals.device)
+    def forward(self, backward_map: BackwardMap, goals: Tensor, count: int, future: Tensor | None = None) -> Tensor:
+        """Sample z [count, d].
+
+        Args:
+            backward_map: what encodes goals and futures.
+            goals: drawn from without replacement, [N, O], N >= count.
+            future: states that followed the row that each z is for, [count, K, O].
+        """
+        z = sample_sphere((count, backward_map.features), goals.device)
         chosen = goals[torch.randperm(goals.shape[0], device=goals.device)[:count]]
-        is_goal = torch.rand(count, 1, device=goals.device) < self.goal_probability
-        return torch.where(is_goal, project_z(backward_map.encode(chosen)), prior)
+        kind = torch.rand(count, 1, device=goals.device)
+        z = torch.where(kind < self.goal_probability, project_z(backward_map.encode(chosen)), z)
+        if self.hindsight_probability:
+            assert future is not None
+            followed = kind >= 1 - self.hindsight_probability
+            z = torch.where(followed, project_z(backward_map.encode(future)), z)
+        return z

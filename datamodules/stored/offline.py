@@ -19,7 +19,7 @@ from components.wording import counted
 from datamodules.environment import EnvironmentDataModule, named_rewards
 from datamodules.environments.measured import MeasuredEnv
 from datamodules.evaluation import TransitionsTask
-from datamodules.sampling import FixedTasks, PrioritisedDraws, Stacks, UniformBatches
+from datamodules.sampling import FixedTasks, Futures, PrioritisedDraws, Stacks, UniformBatches
 from datamodules.stored.transitions import TransitionDataset
 
 _CHUNK = 65536
@@ -50,6 +50,7 @@ class OfflineDataModule(EnvironmentDataModule):
     state_structure: ClassVar = {"data": dict}
     draws_by_priority = True
     knows_next_actions = True
+    knows_futures = True
 
     def __init__(
         self,
@@ -145,7 +146,7 @@ class OfflineDataModule(EnvironmentDataModule):
         stop = self.next_evaluation(module.updates, module.total_updates)
         extent = (self.updates_per_step, module.updates, stop)
         if module.prioritised is None:
-            return UniformBatches(self._train_data, size, *extent, self.seed)
+            return UniformBatches(self._train_data, size, *extent, self.seed, self._futures(self._train_data))
         if self._priorities is None:
             self._priorities = PriorityTree(len(self._train_data), self._train_data.device)
             if self._loaded_priorities is not None:
@@ -163,6 +164,13 @@ class OfflineDataModule(EnvironmentDataModule):
         if self.trainer is not None and self.trainer.lightning_module.next_data_actions:
             data["next", "data_action"] = dataset.next_actions()
         return data
+
+    def _futures(self, data: TensorDict) -> Futures | None:
+        """Draws what followed in the data that batches are of, if the method asks for it."""
+        asked = None if self.trainer is None else self.trainer.lightning_module.futures
+        if asked is None:
+            return None
+        return Futures(data["next", "observation"], self._load().last_of_episode().to(data.device), *asked)
 
     def _refresh(self) -> None:
         """Take the priorities that the last update gave. Processes share the data, and so these."""
@@ -220,7 +228,11 @@ class OfflineDataModule(EnvironmentDataModule):
             return super().evaluation_tasks(episodes)
         data = self._learned_from()
         generator = torch.Generator().manual_seed(self.evaluation_seed)
-        return [TransitionsTask("data", data[torch.randint(len(data), (self.batch_size,), generator=generator)])]
+        index = torch.randint(len(data), (self.batch_size,), generator=generator)
+        transitions, futures = data[index], self._futures(data)
+        if futures is not None:
+            transitions["next", "future"] = futures.draw(index, generator)
+        return [TransitionsTask("data", transitions)]
 
     @property
     def metric_names(self) -> list[str]:

@@ -182,6 +182,10 @@ class TransitionDataset:
         following[-1] = torch.nan  # of a single episode
         return following
 
+    def last_of_episode(self) -> Tensor:
+        """The place of the last transition of each one's episode, int64 [n]."""
+        return (self.episode_lengths().cumsum(0) - 1)[self.data["episode"]]
+
     def rewarded(self, reward: Tensor, of: str) -> TransitionDataset:
         """The data set with other rewards [n, 1], of the words `of`."""
         data = self.data.exclude("left_out")

@@ -575,9 +575,11 @@ def test_priorities_over_a_state_value_are_its_advantages(transitions):
             r"expected one that draws by priorities, such as datamodule=offline, for this module, found object",
         ),
         (td3(critic_cloning=0.1), r"expected one that knows the actions that come next, such as datamodule=offline"),
+        ("hindsight", r"expected one that knows what follows each transition, such as datamodule=offline"),
     ],
 )
-def test_what_data_have_to_offer_is_checked_before_training(made, message):
+def test_what_data_have_to_offer_is_checked_before_training(made, message, small_agent):
+    made = small_agent(hindsight_probability=0.5) if made == "hindsight" else made
     made.trainer = SimpleNamespace(datamodule=object())
     with pytest.raises(ValueError, match=message):
         made.on_fit_start()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from components.control.actor_objectives import AdvantageWeighted, ReparameterisedGradient
-from components.control.forward_backward import fb_loss, orthonormality_loss, sample_sphere
+from components.control.forward_backward import fb_loss, orthonormality_loss, project_z, sample_sphere
 
 VARIANTS = {
     "FB": {"objective": ReparameterisedGradient(0.5, 0.3)},
@@ -177,6 +177,55 @@ def test_normaliser_standardises_by_the_data(small_agent, transitions):
     normalised = agent.normalise(batch["observation"])
     assert normalised.mean().abs() < 0.1
     assert (normalised.std() - 1).abs() < 0.1
+
+
+def with_future(batch, states: int = 3):
+    batch["next", "future"] = torch.randn(len(batch), states, 5, generator=torch.Generator().manual_seed(7))
+    return batch
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_in_hindsight_rows_are_for_what_followed_them(small_agent, transitions, blocks):
+    """Each row, or with several blocks each group, for the future of its first; the actor each for its own."""
+    agent = small_agent(blocks=blocks, goal_probability=0.0, hindsight_probability=1.0, normalise_observations=True)
+    rows = agent._rows(with_future(transitions()))
+    followed = project_z(agent.backward_map.encode(rows[-1]))
+    first = followed if blocks == 1 else followed[::8].repeat_interleave(8, 0)
+    torch.testing.assert_close(agent.sample_z(rows[2], rows[-1]), first)
+    asked = []
+    agent.fresh_actor_z, agent.actor_loss = True, lambda *given: asked.append(given[-1]) or (
+        agent.actor(*given[::2]).sum(),
+        {},
+    )
+    agent.update_targets = agent._update_normaliser = lambda *_: None
+    agent.update(with_future(transitions()))
+    torch.testing.assert_close(asked[0], project_z(agent.backward_map.encode(rows[-1])))
+
+
+def test_a_sharper_inference_is_of_the_best_states_whatever_the_scale_of_rewards(small_agent):
+    agent, states = small_agent(blocks=2), torch.randn(40, 5)
+    reward = torch.rand(40, 2)
+    plain = agent.infer(states, reward)
+    agent.inference_sharpness = 2.0
+    share = (reward - reward.amin(0)) / (reward.amax(0) - reward.amin(0))
+    weighted = share * torch.exp(2 * (share - 1))
+    expected = agent.backward_map.infer(states, weighted)
+    torch.testing.assert_close(agent.infer(states, reward), expected)
+    torch.testing.assert_close(agent.infer(states, 5 * reward - 3), expected, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(plain, expected, atol=1e-2)
+    agent.inference_sharpness = 1000.0  # of the best state alone, which is a goal
+    best = reward.argmax(0)
+    torch.testing.assert_close(agent.infer(states, reward), agent.goal_z(states[best]))
+
+
+def test_futures_are_normalised_as_observations_are(small_agent, transitions):
+    agent = small_agent(normalise_observations=True, hindsight_probability=0.5)
+    batch = with_future(transitions())
+    batch["next", "future"][:, 0] = batch["observation"]
+    rows = agent._rows(batch)
+    torch.testing.assert_close(rows[-1][:, 0], rows[0])
+    assert agent.futures == (8, 0.98)
+    assert small_agent().futures is None
 
 
 @pytest.mark.parametrize("settings", [VARIANTS["FB-AWARE"], VARIANTS["FB"]], ids=["FB-AWARE", "FB"])

@@ -271,6 +271,22 @@ def test_latent_sampler_mixes_prior_and_goals():
     assert len(MixedLatentSampler(1.0)(backward, goals, 7).unique(dim=0)) == 7
 
 
+def test_latent_sampler_gives_rows_what_followed_them():
+    backward = BackwardMap(3, 8, hidden_dim=16, blocks=2)
+    goals, future = torch.randn(1000, 3), torch.randn(1000, 5, 3)
+    followed = project_z(backward.encode(future))
+    z = MixedLatentSampler(0.0, 1.0)(backward, goals, 1000, future)
+    torch.testing.assert_close(z, followed)
+    z = MixedLatentSampler(0.25, 0.5)(backward, goals, 1000, future)
+    own = (z - followed).abs().amax(1) < 1e-4
+    reached = torch.cdist(z, backward.encode(goals), compute_mode="donot_use_mm_for_euclid_dist").amin(1) < 1e-4
+    assert 0.45 < own.float().mean() < 0.55
+    assert 0.2 < reached.float().mean() < 0.3
+    assert not (own & reached).any()
+    with pytest.raises(ValueError, match=r"hindsight_probability=0.6: expected a sum of at most 1"):
+        MixedLatentSampler(0.5, 0.6)
+
+
 # -- auto-regressive features -----------------------------------------------------------------------------------------
 
 
@@ -344,6 +360,16 @@ def test_reward_on_copies_of_one_state_gives_the_goal_vector(blocks):
     reward = torch.zeros(50, 1, dtype=DOUBLE)
     reward[10:20] = 0.7
     torch.testing.assert_close(backward.infer(states, reward)[0], backward.encode(states[10:11])[0])
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_several_states_are_encoded_as_a_reward_of_one_in_them(blocks):
+    backward = auto_regressive(blocks)
+    states = torch.randn(50, 3, dtype=DOUBLE)
+    reward = torch.zeros(50, 2, dtype=DOUBLE)
+    reward[:10, 0] = reward[10:20, 1] = 1.0
+    encoded = project_z(backward.encode(states[:20].view(2, 10, 3)))
+    torch.testing.assert_close(encoded, backward.infer(states, reward))
 
 
 def test_one_block_is_the_ordinary_backward_map():

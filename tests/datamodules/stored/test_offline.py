@@ -316,6 +316,19 @@ def test_evaluations_without_an_environment_have_the_next_actions_that_are_asked
     module.setup("fit")
     (task,) = module.val_dataloader()
     assert ("next", "data_action") not in task.transitions.keys(True)
-    module.trainer = SimpleNamespace(lightning_module=SimpleNamespace(next_data_actions=True))
+    module.trainer = SimpleNamespace(lightning_module=SimpleNamespace(next_data_actions=True, futures=None))
     (task,) = module.val_dataloader()
     assert task.transitions["next", "data_action"].shape == (8, 2)
+
+
+def test_evaluations_and_batches_have_the_futures_that_are_asked_for():
+    module = datamodule(None)
+    module.setup("fit")
+    method = SimpleNamespace(
+        next_data_actions=False, futures=(3, 0.9), prioritised=None, device="cpu", updates=0, total_updates=4
+    )
+    module.trainer = SimpleNamespace(lightning_module=method)
+    (task,) = module.val_dataloader()
+    assert task.transitions["next", "future"].shape == (8, 3, 2)
+    stacks = list(module.train_dataloader())
+    assert [stack["next", "future"].shape for stack in stacks] == [(2, 8, 3, 2)] * 2
