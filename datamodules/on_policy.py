@@ -115,6 +115,8 @@ class OnPolicyDataModule(CollectingDataModule):
         rollout = next(self._collected)
         self._written += self.rollout_steps
         self._count_episodes(module, rollout)
+        for name, value in self._env.gauges().items():
+            module.tally((name,), torch.tensor([value]), 1)
         module.advance(self.env_steps)
         prepared, carried = module.prepare(rollout.to(module.device), self._carried)
         self._carried = None if carried is None else carried.to("cpu")

@@ -50,7 +50,7 @@ class ProximalPolicyOptimisation(LearningMethod):
             learning rate is divided by 1.5 before the next, where less than half, multiplied. None keeps it.
     """
 
-    progress_bar_metrics = ("episode_return", "episode_length", "divergence", "std")
+    progress_bar_metrics = ("episode_return", "episode_length", "divergence", "std", "gravity")
 
     def __init__(
         self,

@@ -79,7 +79,7 @@ def start_standing(
 CROUCHES = (Posture(head_height=1.05, pitch=0.2), Posture(head_height=1.15, pitch=0.1), Posture(head_height=1.27))
 _FALLING_STEPS = 200  # of the simulation, one second
 _FALLS = range(40, 200, 20)  # the same, until falls from standing are taken up
-START_SHARES = {"reset": 0.3, "lying": 0.2, "falling": 0.3, "crouching": 0.1, "standing": 0.1}
+START_SHARES = {"reset": 0.25, "lying": 0.3, "falling": 0.3, "crouching": 0.05, "standing": 0.1}
 
 
 @lru_cache(maxsize=1)

@@ -100,9 +100,7 @@ class BatchedMujocoEnv(MeasuredEnv):
         control = self._control(tensordict["action"])
         passed = []
         for _ in range(self.action_repeat):
-            self._physics, forces, diverged = self.simulation.advance(
-                self._physics, control, self.domain.substeps, self._applied()
-            )
+            self._physics, forces, diverged = self.simulation.advance(self._physics, control, self.domain.substeps)
             self._steps = self._steps + 1
             self._steps[torch.from_numpy(diverged)] = self.episode_length
             snapshot = self.simulation.snapshot(self._physics, control, forces)
@@ -116,10 +114,6 @@ class BatchedMujocoEnv(MeasuredEnv):
         if self.action_repeat > 1:
             result["passed"] = torch.stack(passed, 1)
         return result
-
-    def _applied(self) -> np.ndarray | None:
-        """Generalised forces [n, nv] on the bodies beside their actuators, for the next control step."""
-        return None
 
     def begin(self, rows: np.ndarray) -> None:
         self.set_physics(self._start(self.simulation, len(rows), self._generator), rows)

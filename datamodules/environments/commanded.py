@@ -14,9 +14,9 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from components.checks import Count, NonNegative, Number, Share, Size, checked
-from datamodules.environments.assistance import FadingAssistance
 from datamodules.environments.batched_mujoco import BatchedMujocoEnv
 from datamodules.environments.domains import Snapshot
+from datamodules.environments.gravity import GrowingGravity
 
 COMMANDS = ("forward", "leftward", "turn")
 """Velocities in the body's heading (m/s), and turning to the left (rad/s)."""
@@ -50,7 +50,7 @@ class CommandedEnv(BatchedMujocoEnv):
         ends: an expression; an episode is terminated where it is above 0. None for never.
         staggered: where all rows begin at once, their first episodes are cut short by a random number of steps, or rows
             whose episodes end by time alone would for ever be at the same moment of theirs.
-        assistance: help for the root, that fades as rewards grow.
+        gravity: a curriculum that begins with a part of it; None for all of it.
         controller: makes what turns actions into controls; None where actions are controls.
         settings: further arguments of `BatchedMujocoEnv`.
     """
@@ -68,7 +68,7 @@ class CommandedEnv(BatchedMujocoEnv):
         moving: Share = 0.0,
         ends: str | None = None,
         staggered: bool = False,
-        assistance: FadingAssistance | None = None,
+        gravity: GrowingGravity | None = None,
         controller: Callable[[], Controller] | None = None,
         **settings: Any,
     ) -> None:
@@ -85,9 +85,8 @@ class CommandedEnv(BatchedMujocoEnv):
         self.moving = moving
         self.ends = ends
         self.staggered = staggered
-        self.assistance = assistance
-        self._help = torch.zeros(num_envs, 1)
-        self._help_scale = torch.ones(())
+        self.gravity = gravity
+        self._gravity_share = torch.tensor(1.0 if gravity is None else gravity.start)
         self._window = torch.zeros(2)  # sum of mean rewards, and of how many steps
         self._command = torch.zeros(num_envs, len(COMMANDS))
         self._phase = torch.zeros(num_envs, 1)
@@ -98,8 +97,7 @@ class CommandedEnv(BatchedMujocoEnv):
             raise ValueError(f"action_repeat={self.action_repeat}: expected 1 where actions are targets.")
         if moving and self.simulation.model.jnt_type[0] != mujoco.mjtJoint.mjJNT_FREE:
             raise ValueError(f"moving={moving}: expected 0, for the root of {domain} is not free to move.")
-        if assistance is not None:
-            assistance.check(self.simulation.model, domain)
+        self.simulation.weigh(float(self._gravity_share))
         self._before = torch.zeros(num_envs, self.action_spec.shape[-1])
         self._controller = None if controller is None else controller()
         if ends is not None:
@@ -147,25 +145,22 @@ class CommandedEnv(BatchedMujocoEnv):
         hertz = (offset + slope * speed).clamp(low, high)
         self._phase = torch.remainder(self._phase + 2 * math.pi * self.step_seconds * hertz, 2 * math.pi)
         result = super()._step(tensordict)
-        if self.assistance is not None:
+        if self.gravity is not None:
             self._window = self._window + torch.stack([result["reward"].mean(), torch.ones(())])
-            if self._window[1] >= self.assistance.window:
-                print("HELP %.3f %.3f" % (self._help_scale, self._window[0] / self._window[1]), flush=True)
-                self._help_scale = self.assistance.faded(self._help_scale, self._window[0] / self._window[1])
+            if self._window[1] >= self.gravity.window:
+                self._gravity_share = self.gravity.grown(self._gravity_share, self._window[0] / self._window[1])
+                self.simulation.weigh(float(self._gravity_share))
                 self._window = torch.zeros(2)
         return result
-
-    def _applied(self) -> np.ndarray | None:
-        if self.assistance is None:
-            return None
-        self.simulation.model.opt.gravity[2] = -9.81 * (1 - 0.75 * float(self._help_scale))
-        return None
 
     def _control(self, action: Tensor) -> np.ndarray:
         if self._controller is not None:
             self._finite(action)
             action = self._controller(torch.from_numpy(self._physics), action)
         return super()._control(action)
+
+    def gauges(self) -> dict[str, float]:
+        return {} if self.gravity is None else {"gravity": float(self._gravity_share)}
 
     # --- beginnings ---
 
@@ -182,9 +177,6 @@ class CommandedEnv(BatchedMujocoEnv):
         self._phase, self._change, self._before = (each.clone() for each in (self._phase, self._change, self._before))
         self._phase[rows] = 2 * math.pi * torch.rand(len(rows), 1, generator=self._generator)
         self._change[rows] = self._before[rows] = 0.0
-        if self.assistance is not None:
-            self._help = self._help.clone()
-            self._help[rows] = self.assistance.draw(len(rows), self._help_scale, self._generator)
         states = np.array(self._start(self.simulation, len(rows), self._generator))
         if self.moving:
             share = torch.rand(len(rows), 2, generator=self._generator)
@@ -203,8 +195,7 @@ class CommandedEnv(BatchedMujocoEnv):
             "phase": self._phase,
             "change": self._change,
             "before": self._before,
-            "help": self._help,
-            "help_scale": self._help_scale,
+            "gravity": self._gravity_share,
             "window": self._window,
         }
         return {**super()._state_tensors(), **{name: value.clone() for name, value in own.items()}}
@@ -213,7 +204,8 @@ class CommandedEnv(BatchedMujocoEnv):
         super()._set_state_tensors(state)
         self._command, self._phase = state["command"].clone(), state["phase"].clone()
         self._change, self._before = state["change"].clone(), state["before"].clone()
-        self._help, self._help_scale = state["help"].clone(), state["help_scale"].clone()
+        self._gravity_share = state["gravity"].clone()
+        self.simulation.weigh(float(self._gravity_share))
         self._window = state["window"].clone()
 
     def relabel(self, physics: Tensor, action: Tensor) -> Tensor:

@@ -210,6 +210,10 @@ class MeasuredEnv(EnvBase):
         for task in tasks:
             self._expression(task)
 
+    def gauges(self) -> dict[str, float]:
+        """What there is to watch of it in training, by name: where a curriculum is."""
+        return {}
+
     def rewards(self, measurements: Tensor, tasks: Sequence[str]) -> Tensor:
         """Rewards [m, T] of T tasks (names or expressions) for flat measurements [m, M].
 

@@ -64,6 +64,7 @@ class BatchSimulation:
         self._state_size = 1 + self.physics_size  # time comes first
         if mujoco.mj_stateSize(self.model, mujoco.mjtState.mjSTATE_FULLPHYSICS) != self._state_size:
             raise ValueError(f"the {domain.name} model has state besides positions, velocities and activations")
+        self._gravity = self.model.opt.gravity.copy()
         low, high = self.model.actuator_ctrlrange.T
         self._control_centre, self._control_scale = (high + low) / 2, (high - low) / 2
 
@@ -72,12 +73,17 @@ class BatchSimulation:
         """Numbers in a physics state: positions, velocities, activations."""
         return self.model.nq + self.model.nv + self.model.na
 
+    def weigh(self, share: float) -> None:
+        """Have bodies move from now on in this share of their gravity."""
+        for model in (self.model, self._idle):
+            model.opt.gravity[:] = share * self._gravity
+
     def control(self, action: np.ndarray) -> np.ndarray:
         """Actions in [-1, 1] to actuator units, float64; values outside are clipped."""
         return self._control_centre + self._control_scale * np.clip(action.astype(np.float64), -1, 1)
 
     def advance(
-        self, physics: np.ndarray, control: np.ndarray, substeps: int, applied: np.ndarray | None = None
+        self, physics: np.ndarray, control: np.ndarray, substeps: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Holds a control for some simulation steps.
 
@@ -85,15 +91,13 @@ class BatchSimulation:
             physics: states [n, p].
             control: in actuator units [n, u].
             substeps: simulation steps.
-            applied: generalised forces besides, held as long [n, nv].
 
         Returns:
             physics: arrival states [n, p]; the state before the control where the simulation broke down.
             forces: contact-force sensors during the last simulation step [n, readings].
             diverged: rows whose simulation broke down [n], bool.
         """
-        given = control if applied is None else np.concatenate([control, applied], axis=1)
-        controls = np.repeat(given[:, None], substeps, axis=1)
+        controls = np.repeat(control[:, None], substeps, axis=1)
         states, readings = self._roll(self.model, physics, controls, substeps)
         arrival = states[:, -1]
         # MuJoCo counts positions, velocities and accelerations that are not finite or huge, one counter for each
@@ -152,15 +156,11 @@ class BatchSimulation:
         readings = np.empty((rows, steps, model.nsensordata))
         # Handing out single rows costs time, and so does waiting at the end for a thread that got a large piece.
         chunk = min(8, -(-rows // self.num_threads))
-        states_of = mujoco.mjtState
-        pushed = controls is not None and controls.shape[2] > model.nu
-        given = states_of.mjSTATE_CTRL | (states_of.mjSTATE_QFRC_APPLIED if pushed else 0)
         self._pool.rollout(
             [model] * rows,
             self._data[id(model)],
             initial,
             controls,
-            control_spec=int(given),
             nstep=steps,
             state=states,
             sensordata=readings,

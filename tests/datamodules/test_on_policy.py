@@ -22,7 +22,7 @@ class Counting:
     updates, total_updates = 0, 1000
 
     def __init__(self):
-        self.rollouts, self.env_steps, self.tallied = [], 0, 0
+        self.rollouts, self.env_steps, self.tallied = [], 0, {}
 
     def policy(self, exploring=False):
         assert exploring
@@ -32,7 +32,8 @@ class Counting:
         self.env_steps = env_steps
 
     def tally(self, names, values, count):
-        self.tallied += count
+        for name, value in zip(names, values.tolist()):
+            self.tallied.setdefault(name, []).append((value, count))
 
     def prepare(self, rollout, carried):
         self.rollouts.append(rollout.clone())
@@ -71,7 +72,15 @@ def test_every_epoch_goes_through_all_of_a_rollout_in_an_order_of_its_own():
     assert first != second
     assert stacks(make(Counting()), 2) == [first, second]
     assert method.env_steps == 48
-    assert method.tallied == 9  # episodes of five steps, of three rows
+    # Episodes of five steps, of three rows.
+    assert method.tallied["episode_length"] == [(15.0, 3), (30.0, 6)]
+
+
+def test_what_environments_have_to_show_is_tallied_with_every_rollout(monkeypatch):
+    monkeypatch.setattr(GymnasiumEnv, "gauges", lambda env: {"level": 0.5})
+    method = Counting()
+    stacks(make(method), 2)
+    assert method.tallied["level"] == [(0.5, 1)] * 2
 
 
 def test_rollouts_go_on_where_the_one_before_ended():

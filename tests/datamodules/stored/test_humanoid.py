@@ -35,8 +35,13 @@ def test_shares_of_what_nobody_does_are_refused(tmp_path):
         humanoid_dataset(str(tmp_path), shares={"rise": 1.0})
 
 
-def test_the_data_set_with_walking_is_composed_by_its_name():
+def test_data_of_balance_alone_are_composed_by_their_name():
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", ["experiment=fb_humanoid", "datamodule/dataset=humanoid_locomotion"])
-    assert config.datamodule.dataset.shares.walk == 0.36
-    assert config.datamodule.dataset.max_noise == 0.5
+        both, alone = (
+            compose("train", ["experiment=fb_humanoid", *more]).datamodule.dataset
+            for more in ([], ["datamodule/dataset=humanoid_balance"])
+        )
+    assert both.shares.walk > 0
+    assert both.shares.rise > 0
+    assert set(alone.shares) == {"hold", "move", "explore_upright", "explore_floor"}
+    assert alone.max_noise == both.max_noise == 0.5
