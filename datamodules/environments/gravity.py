@@ -21,7 +21,7 @@ class GrowingGravity:
         window: control steps.
     """
 
-    def __init__(self, start: Share = 0.25, goal: Number = 0.5, growth: Positive = 0.005, window: Size = 32) -> None:
+    def __init__(self, start: Share = 0.25, goal: Number = 0.6, growth: Positive = 0.005, window: Size = 32) -> None:
         self.start, self.goal, self.growth, self.window = start, goal, growth, window
 
     def grown(self, share: Tensor, mean_reward: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from components.control.actors import ActorPolicy, NormalActor
 from components.control.normalisation import ObservationNormaliser
 from components.networks.encoders import FlatObservations
 from components.networks.ensemble import EnsembleMLP
-from datamodules.behaviours import locomotion
 from datamodules.behaviours.balance import Body
 from datamodules.behaviours.locomotion import (
     HumanoidTargets,
@@ -197,8 +196,7 @@ def test_episodes_of_locomotion_are_those_of_their_seed():
         LocomotionBehaviours({"fly": 1.0})
 
 
-def test_rows_that_rise_begin_lying_or_in_the_air(monkeypatch):
-    monkeypatch.setattr(locomotion, "RISING", locomotion.SKILLS["walk"])
+def test_rows_that_rise_begin_lying_or_in_the_air():
     episodes = LocomotionBehaviours({"walk": 0.6, "rise": 0.4}).episodes(10, 0, 40)
     assert episodes.source.tolist() == [4] * 6 + [5] * 4
     assert episodes.rises[6:].all()
@@ -215,19 +213,36 @@ def test_shipped_skills_go_where_they_are_told():
     """Each for four seconds from standing, in the plain environment; one of ten falls at the start."""
     told = {
         "walk_late": ([1.0, 0, 0], "forward_velocity", 0.8),
+        "run_late": ([3.5, 0, 0], "forward_velocity", 2.0),
         "backward_late": ([-0.5, 0, 0], "forward_velocity", -0.35),
+        "sideways_late": ([0, 0.4, 0], "leftward_velocity", 0.3),
     }
     paths = [BEHAVIOURS / "humanoid" / f"{name}.safetensors" for name in told]
-    env = BatchedMujocoEnv("humanoid", num_envs=16, start=start_standing, seed=0)
+    rows = 8 * len(told)
+    env = BatchedMujocoEnv("humanoid", num_envs=rows, start=start_standing, seed=0)
     state = env.reset()
     commands = [[command] for command, *_ in told.values() for _ in range(8)]
-    drives = controller(paths, env, [[0]] * 8 + [[1]] * 8, [[0]] * 16, commands)
-    velocities = []
+    drives = controller(paths, env, [[skill] for skill in range(len(told)) for _ in range(8)], [[0]] * rows, commands)
+    velocities = {name: [] for _, name, _ in told.values()}
     for _ in range(160):
         state = env.step(state.set("action", drives(state["physics"], state["measurements"])))["next"]
         measured = env.named(state["measurements"])
-        velocities.append(measured["forward_velocity"])
-    assert (measured["head_height"] > 1.2).view(2, 8).sum(1).min() >= 6
-    walked, back = torch.stack(velocities)[80:].mean(0).view(2, 8).median(1).values
-    assert walked > told["walk_late"][2]
-    assert back < told["backward_late"][2]
+        for name, seen in velocities.items():
+            seen.append(measured[name])
+    assert (measured["head_height"] > 1.2).view(-1, 8).sum(1).min() >= 6
+    for place, (policy, (_, name, least)) in enumerate(told.items()):
+        found = torch.stack(velocities[name])[80:].mean(0)[8 * place : 8 * place + 8].median()
+        assert found / least > 1, policy
+
+
+def test_the_shipped_riser_gets_up_and_stays():
+    """Of those that lie or are dropped, most stand after ten seconds."""
+    path = BEHAVIOURS / "humanoid" / "get_up_late.safetensors"
+    start = partial(start_anywhere, shares={"reset": 0.5, "lying": 0.5})
+    env = BatchedMujocoEnv("humanoid", num_envs=24, start=start, seed=0)
+    state = env.reset()
+    drives = controller([path], env, [[0]] * 24, [[0]] * 24)
+    for _ in range(400):
+        state = env.step(state.set("action", drives(state["physics"], state["measurements"])))["next"]
+    measured = env.named(state["measurements"])
+    assert ((measured["head_height"] > 1.2) & (measured["torso_upright"] > 0.8)).sum() >= 16
