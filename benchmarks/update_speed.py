@@ -45,7 +45,7 @@ from benchmarks.single_file import (
     make_training,
 )
 from datamodules.replay import ReplayBuffer
-from datamodules.sampling import UniformBatches, batch_generator
+from datamodules.sampling import Futures, UniformBatches, batch_generator
 from launch.experiments import CONFIGS
 from launch.study import quieten
 from lightning_modules.base import LearningMethod
@@ -176,14 +176,17 @@ def report_forward_backward(experiment: str, arm: str, title: str, device: torch
     data = make_data(sizes, device)
     module, batch_size = make_module(overrides, sizes, device)
     steps = module.updates_per_step
-    batches = [batch[0] for batch in UniformBatches(data, batch_size, 1, 0, 32, seed=0)]
+    futures = None
+    if module.futures is not None:
+        futures = Futures(data["next", "observation"], torch.full((ROWS,), ROWS - 1, device=device), *module.futures)
+    batches = [batch[0] for batch in UniformBatches(data, batch_size, 1, 0, 32, seed=0, futures=futures)]
     modes = {"compiled": "default"} | ({"CUDA graphs": "cudagraphs"} if device.type == "cuda" else {})
     compiled = {
         name: make_module([*overrides, f"module.compile={mode}"], sizes, device)[0] for name, mode in modes.items()
     }
     for other in (module, *compiled.values()):
         time_bare(other, batches, 12)  # warm up, and compile
-    stacks = UniformBatches(data, batch_size, steps, 0, updates + steps, seed=0)
+    stacks = UniformBatches(data, batch_size, steps, 0, updates + steps, seed=0, futures=futures)
     measures = {
         "eager": partial(time_bare, module, batches, updates),
         "Lightning loop": partial(time_loop, module, stacks, updates),

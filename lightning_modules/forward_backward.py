@@ -14,7 +14,18 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
-from components.checks import Count, LearningRate, Momentum, NonNegative, Number, Positive, Share, Size, checked, vector_size
+from components.checks import (
+    Count,
+    LearningRate,
+    Momentum,
+    NonNegative,
+    Number,
+    Positive,
+    Share,
+    Size,
+    checked,
+    vector_size,
+)
 from components.control.actor_objectives import AdvantageSampled, Critic, Objective
 from components.control.forward_backward import (
     BackwardMap,
@@ -339,9 +350,9 @@ class ForwardBackward(LearningMethod):
     def infer(self, next_observation: Tensor, reward: Tensor) -> Tensor:
         """The task vectors [T, d] of rewards [n, T] received on arrival in states [n, O] of the training data.
 
-        With a sharpness beta above 0, rewards r count as u exp(beta (u - 1)), u = (r - min r) / (max r - min r) over the
-        states: a reward that is not 0 in states of other behaviours, as most are, has a task vector that is a mixture
-        of theirs (the weights of arXiv 2504.11054, whose rewards are in [0, 1] and whose beta is 10).
+        With a sharpness beta above 0, rewards r count as u exp(beta (u - 1)), u = (r - min r) / (max r - min r) over
+        the states: a reward that is not 0 in states of other behaviours, as most are, has a task vector that is a
+        mixture of theirs (the weights of arXiv 2504.11054, whose rewards are in [0, 1] and whose beta is 10).
         """
         if self.inference_sharpness:
             low, high = reward.aminmax(dim=0)

@@ -61,8 +61,10 @@ def narrow_agent(transitions, *overrides: str):
     check_parts(config)
     spec = instantiate(config.datamodule).spec
     module = instantiate(config.module, **spec)
-    rows = 2 * config.module.groups
-    metrics = module.update(transitions(rows, **spec))
+    batch = transitions(2 * config.module.groups, **spec)
+    if module.futures is not None:
+        batch["next", "future"] = batch["next", "observation"].unsqueeze(1).expand(-1, module.futures[0], -1)
+    metrics = module.update(batch)
     assert all(value.isfinite() for value in metrics.values())
     return module
 

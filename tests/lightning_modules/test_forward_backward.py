@@ -193,10 +193,12 @@ def test_in_hindsight_rows_are_for_what_followed_them(small_agent, transitions, 
     first = followed if blocks == 1 else followed[::8].repeat_interleave(8, 0)
     torch.testing.assert_close(agent.sample_z(rows[2], rows[-1]), first)
     asked = []
-    agent.fresh_actor_z, agent.actor_loss = True, lambda *given: asked.append(given[-1]) or (
-        agent.actor(*given[::2]).sum(),
-        {},
-    )
+
+    def actor_loss(observation, action, z):
+        asked.append(z)
+        return agent.actor(observation, z).sum(), {}
+
+    agent.fresh_actor_z, agent.actor_loss = True, actor_loss
     agent.update_targets = agent._update_normaliser = lambda *_: None
     agent.update(with_future(transitions()))
     torch.testing.assert_close(asked[0], project_z(agent.backward_map.encode(rows[-1])))

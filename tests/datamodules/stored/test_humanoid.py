@@ -31,17 +31,15 @@ def test_rows_balance_and_walk_side_by_side(tmp_path):
 def test_shares_of_what_nobody_does_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"^shares.fly: expected one of hold, move, .*, walk, rise, found another"):
         humanoid_dataset(str(tmp_path), shares={"fly": 1.0})
-    with pytest.raises(FileNotFoundError, match=r"get_up_late.safetensors: expected a policy that ships"):
-        humanoid_dataset(str(tmp_path), shares={"rise": 1.0})
 
 
-def test_data_of_balance_alone_are_composed_by_their_name():
+def test_data_of_more_and_of_less_are_composed_by_their_names():
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        both, alone = (
+        walks, rises, balances = (
             compose("train", ["experiment=fb_humanoid", *more]).datamodule.dataset
-            for more in ([], ["datamodule/dataset=humanoid_balance"])
+            for more in ([], ["datamodule/dataset=humanoid_rising"], ["datamodule/dataset=humanoid_balance"])
         )
-    assert both.shares.walk > 0
-    assert both.shares.rise > 0
-    assert set(alone.shares) == {"hold", "move", "explore_upright", "explore_floor"}
-    assert alone.max_noise == both.max_noise == 0.5
+    assert set(balances.shares) == {"hold", "move", "explore_upright", "explore_floor"}
+    assert set(walks.shares) == {*balances.shares, "walk"}
+    assert set(rises.shares) == {*walks.shares, "rise"}
+    assert balances.max_noise == walks.max_noise == rises.max_noise == 0.5
