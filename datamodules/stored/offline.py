@@ -147,6 +147,7 @@ class OfflineDataModule(EnvironmentDataModule):
         extent = (self.updates_per_step, module.updates, stop)
         if module.prioritised is None:
             return UniformBatches(self._train_data, size, *extent, self.seed, self._futures(self._train_data))
+        assert module.futures is None, "batches that are drawn by priority bring no futures"
         if self._priorities is None:
             self._priorities = PriorityTree(len(self._train_data), self._train_data.device)
             if self._loaded_priorities is not None:
