@@ -184,7 +184,9 @@ class LocomotionController(nn.Module):
         for number, told in enumerate(settings):
             observed = [i for name in told["observes"] for i in range(columns[name].start, columns[name].stop)]
             self.register_buffer(f"observed_{number}", torch.tensor(observed), persistent=False)
-        self.register_buffer("cadences", torch.tensor([told["cadence"] for told in settings]), persistent=False)
+        cadences = [told["cadence"] for told in settings]
+        self.register_buffer("clocked", torch.tensor([own is not None for own in cadences]), persistent=False)
+        self.register_buffer("cadences", torch.tensor([own or [0.0] * 4 for own in cadences]), persistent=False)
         self.head = columns["head_height"].start
         for name in ("skills", "commands", "times", "noise", "rises"):
             self.register_buffer(name, getattr(itinerary, name), persistent=False)
@@ -216,7 +218,8 @@ class LocomotionController(nn.Module):
     def forward(self, physics: Tensor, measurements: Tensor) -> Tensor:
         """Actions [N, 21] (float32) for physics [N, 55] (float64) and measurements [N, M]; counts a control step."""
         skill, command = self._now(measurements[:, self.head])
-        told = torch.cat([command, self.phase.sin(), self.phase.cos()], 1)
+        clock = torch.cat([self.phase.sin(), self.phase.cos()], 1) * self.clocked[skill, None]
+        told = torch.cat([command, clock], 1)
         action = torch.zeros(len(physics), len(self.targets.rest))
         for number, policy in enumerate(self.policies):
             rows = (skill == number).nonzero()[:, 0]

@@ -44,7 +44,8 @@ class CommandedEnv(BatchedMujocoEnv):
         observes: names of measurements.
         commands: lowest and highest of each command, drawn anew for each episode; 0 for what is left out.
         command_steps: control steps after which another command is drawn in the middle of an episode; None for never.
-        cadence: of the clock, in Hz: offset, per m/s, lowest and highest.
+        cadence: of the clock, in Hz: offset, per m/s, lowest and highest. None for a clock that stands still and reads
+            0, so that what a policy does is to be seen from the body.
         moving: share of the episodes that begin with a part of the commanded velocity along x and y, of bodies with a
             free root that begin heading along x.
         ends: an expression; an episode is terminated where it is above 0. None for never.
@@ -64,7 +65,7 @@ class CommandedEnv(BatchedMujocoEnv):
         observes: Sequence[str],
         commands: Mapping[str, Sequence[Number]] | None = None,
         command_steps: Count | None = None,
-        cadence: tuple[Number, Number, NonNegative, NonNegative] = (0.8, 0.35, 0.9, 1.9),
+        cadence: tuple[Number, Number, NonNegative, NonNegative] | None = (0.8, 0.35, 0.9, 1.9),
         moving: Share = 0.0,
         ends: str | None = None,
         staggered: bool = False,
@@ -81,7 +82,7 @@ class CommandedEnv(BatchedMujocoEnv):
                 )
         self.observes = list(observes)
         self.command_steps = command_steps
-        self.cadence = tuple(cadence)
+        self.cadence = None if cadence is None else tuple(cadence)
         self.moving = moving
         self.ends = ends
         self.staggered = staggered
@@ -117,7 +118,8 @@ class CommandedEnv(BatchedMujocoEnv):
 
     def _read(self, snapshot: Snapshot, rows: slice | np.ndarray) -> tuple[Tensor, Tensor]:
         phase, command = self._phase[rows], self._command[rows]
-        told = torch.cat([command, phase.sin(), phase.cos()], 1)
+        clock = torch.cat([phase.sin(), phase.cos()], 1)
+        told = torch.cat([command, torch.zeros_like(clock) if self.cadence is None else clock], 1)
         measured = torch.cat([self._flatten(self._measure(snapshot)), told, self._change[rows]], 1)
         named = self.named(measured)
         seen = [named[name] if named[name].dim() == 2 else named[name][:, None] for name in self.observes]
@@ -140,10 +142,11 @@ class CommandedEnv(BatchedMujocoEnv):
         if self.command_steps is not None:
             due = ((self._steps[:, 0] > 0) & (self._steps[:, 0] % self.command_steps == 0)).numpy().nonzero()[0]
             self._draw_commands(due)
-        offset, slope, low, high = self.cadence
-        speed = self._command[:, :2].norm(dim=1, keepdim=True)
-        hertz = (offset + slope * speed).clamp(low, high)
-        self._phase = torch.remainder(self._phase + 2 * math.pi * self.step_seconds * hertz, 2 * math.pi)
+        if self.cadence is not None:
+            offset, slope, low, high = self.cadence
+            speed = self._command[:, :2].norm(dim=1, keepdim=True)
+            hertz = (offset + slope * speed).clamp(low, high)
+            self._phase = torch.remainder(self._phase + 2 * math.pi * self.step_seconds * hertz, 2 * math.pi)
         result = super()._step(tensordict)
         if self.gravity is not None:
             self._window = self._window + torch.stack([result["reward"].mean(), torch.ones(())])

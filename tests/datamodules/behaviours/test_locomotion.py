@@ -84,21 +84,21 @@ def test_getting_up_begins_anywhere():
 
 
 OBSERVES = ["joint_angles", "head_height", "torso_upright", "forward_velocity", "angular_velocity", "joint_velocities"]
-CADENCE = [0.8, 0.35, 0.9, 1.9]
+CADENCES = [[0.8, 0.35, 0.9, 1.9], None]
 
 
 @pytest.fixture
 def skills(tmp_path):
-    """Two policies of random weights, as files."""
+    """Two policies of random weights, as files; the second has no clock."""
     torch.manual_seed(0)
     paths = [tmp_path / f"{name}.safetensors" for name in "ab"]
-    for path in paths:
+    for path, cadence in zip(paths, CADENCES):
         size = 21 + 3 + 3 + 21 + 5
         network = partial(EnsembleMLP, hidden_dim=8, activation="silu", last_gain=1.0)
         actor = NormalActor(size, 21, network, std=0.3)
         encoder = torch.nn.Sequential(ObservationNormaliser([size]), FlatObservations([size]))
         encoder[0].merge(torch.randn(50, size))
-        save_policy(ActorPolicy(encoder, actor, "explore"), path, {"observes": OBSERVES, "cadence": CADENCE})
+        save_policy(ActorPolicy(encoder, actor, "explore"), path, {"observes": OBSERVES, "cadence": cadence})
     return paths
 
 
@@ -111,14 +111,15 @@ def controller(paths, env, skills, times, commands=None, noise=0.0, rises=False,
     return LocomotionController(paths, env.columns, itinerary, riser=1, seed=0, **settings)
 
 
-def test_a_policy_does_in_data_what_it_did_where_it_learned(skills):
+@pytest.mark.parametrize("skill", [0, 1])
+def test_a_policy_does_in_data_what_it_did_where_it_learned(skills, skill):
     learned = CommandedEnv(
         "humanoid",
         "head_height",
         3,
         observes=OBSERVES,
         commands={"forward": [1.0, 2.0]},
-        cadence=CADENCE,
+        cadence=CADENCES[skill],
         controller=HumanoidTargets,
         start=start_standing,
         num_threads=1,
@@ -127,9 +128,9 @@ def test_a_policy_does_in_data_what_it_did_where_it_learned(skills):
     there = learned.reset()
     plain.set_physics(there["physics"])
     commands = learned._command.unsqueeze(1).tolist()
-    drives = controller(skills, plain, [[0]] * 3, [[0]] * 3, commands)
+    drives = controller(skills, plain, [[skill]] * 3, [[0]] * 3, commands)
     drives.phase.copy_(learned._phase)
-    policy, here = load_policy(skills[0], "act"), plain.current()
+    policy, here = load_policy(skills[skill], "act"), plain.current()
     for _ in range(8):
         there = learned.step(there.set("action", policy(there["observation"])))["next"]
         here = plain.step(here.set("action", drives(here["physics"], here["measurements"])))["next"]

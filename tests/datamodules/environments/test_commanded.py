@@ -65,6 +65,15 @@ def test_the_clock_goes_with_the_speed_that_is_commanded():
     assert torch.allclose(turned, torch.full((2,), 2 * torch.pi * 1.2 * env.step_seconds), atol=1e-5)
 
 
+def test_without_a_cadence_there_is_no_clock():
+    env = walker(num_envs=2, cadence=None)
+    before = env.reset()
+    after = step(env, torch.zeros(2, 6))
+    assert not before["observation"][:, -2:].any()
+    assert not after["observation"][:, -2:].any()
+    assert env.named(after["measurements"])["clock_cos"].tolist() == [0.0, 0.0]
+
+
 def test_rewards_know_commands_and_how_much_the_action_changed():
     env = walker(task="com_velocity_x - command_forward - 3 * action_change", num_envs=2, commands=COMMANDS)
     env.reset()
