@@ -76,6 +76,7 @@ class ForwardBackward(LearningMethod):
         fresh_actor_z: give every row a task vector of its own in the actor's loss.
         value_weight: weight of the auxiliary loss on F^T z; 0 leaves it out.
         policy_std, policy_noise_clip: noise of the policy, and its bound in targets.
+        policy_tail: of its density, in standard deviations, see `ClippedGaussianPolicy`; None for the normal one.
         normalise_observations: standardise observations by running statistics of the data.
         normalise_z: ``global`` or ``block``, see `BackwardMap.infer`.
         inference_sharpness: beta, by which task vectors are inferred from the states with the best rewards above all,
@@ -115,6 +116,7 @@ class ForwardBackward(LearningMethod):
         value_weight: NonNegative = 0.0,
         policy_std: Positive = 0.2,
         policy_noise_clip: NonNegative = 0.3,
+        policy_tail: Positive | None = None,
         normalise_observations: bool = False,
         normalise_z: str = "global",
         inference_sharpness: NonNegative = 0.0,
@@ -169,6 +171,7 @@ class ForwardBackward(LearningMethod):
         self.value_weight = value_weight
         self.policy_std = policy_std
         self.policy_noise_clip = policy_noise_clip
+        self.policy_tail = policy_tail
         self.normalise_z = normalise_z
         self.inference_sharpness = inference_sharpness
         self.evaluation_samples = evaluation_samples
@@ -321,7 +324,7 @@ class ForwardBackward(LearningMethod):
 
     def policy_at(self, observation: Tensor, z: Tensor) -> ClippedGaussianPolicy:
         """The policy pi(. | s, z) at normalised observations [N, O]."""
-        return ClippedGaussianPolicy(self.actor(observation, z).float(), self.policy_std)
+        return ClippedGaussianPolicy(self.actor(observation, z).float(), self.policy_std, tail=self.policy_tail)
 
     def critic_at(self, observation: Tensor, z: Tensor) -> Critic:
         """What F says of actions at normalised observations [N, O]; believed as the measure is in its targets."""

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import huber_loss
 
 
 def straight_through_clamp(x: Tensor, low: float, high: float) -> Tensor:
@@ -71,21 +72,33 @@ class ClippedGaussianPolicy:
     The policy of TD3 and DrQ-v2 agents. `log_prob` is the density of the plain, untruncated normal, at the ends of the
     range too, and samples count as certain: the noise is there to explore and to smooth, not for its entropy.
 
+    With a `tail` it is the density of Huber (1964), normal near the mean and exponential beyond: regression on actions
+    of data then pays no more heed to a few that are far off than to many that are somewhat off.
+
     Args:
         mean: [..., A], already squashed to [-1, 1].
         std: standard deviation of the noise, one number (or tensor []), or one for each action [A].
         clip: bound of the noise in samples that ask for none of their own.
         bounded: clamp the noise to what is left of the range, so that samples reach its ends and have no gradient there
             (arXiv 2403.13097); otherwise gradients pass to the mean unchanged (arXiv 2107.09645).
+        tail: in standard deviations, where the exponential tails of `log_prob` begin; None for none.
     """
 
     bound = 1.0 - 1e-6
 
-    def __init__(self, mean: Tensor, std: float | Tensor, clip: float | None = None, bounded: bool = False) -> None:
+    def __init__(
+        self,
+        mean: Tensor,
+        std: float | Tensor,
+        clip: float | None = None,
+        bounded: bool = False,
+        tail: float | None = None,
+    ) -> None:
         self.mean = mean
         self.std = std
         self.clip = clip
         self.bounded = bounded
+        self.tail = tail
 
     def sample(self, sample_shape: tuple[int, ...] = (), clip: float | None = None) -> Tensor:
         mean, clip = self.mean, self.clip if clip is None else clip
@@ -101,8 +114,13 @@ class ClippedGaussianPolicy:
 
     def log_prob(self, action: Tensor) -> Tensor:
         log_std = self.std.log() if isinstance(self.std, Tensor) else math.log(self.std)
-        normaliser = log_std + 0.5 * math.log(2 * math.pi)
-        return (-0.5 * ((action - self.mean) / self.std).square() - normaliser).sum(-1)
+        off = (action - self.mean) / self.std
+        if self.tail is None:
+            normaliser = log_std + 0.5 * math.log(2 * math.pi)
+            return (-0.5 * off.square() - normaliser).sum(-1)
+        core = math.sqrt(2 * math.pi) * math.erf(self.tail / math.sqrt(2))
+        normaliser = log_std + math.log(core + 2 / self.tail * math.exp(-0.5 * self.tail**2))
+        return (-huber_loss(off, torch.zeros_like(off), reduction="none", delta=self.tail) - normaliser).sum(-1)
 
     def entropy(self) -> Tensor:
         return torch.zeros_like(self.mean[..., 0])

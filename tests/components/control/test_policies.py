@@ -32,6 +32,19 @@ def test_log_prob_is_the_normal_density():
     torch.testing.assert_close(ClippedGaussianPolicy(mean, 0.2).log_prob(action), expected)
 
 
+@pytest.mark.parametrize("tail", [0.5, 1.0, 3.0])
+def test_a_density_with_tails_is_normal_near_the_mean_exponential_beyond_and_integrates_to_one(tail):
+    std, action = 0.1, torch.linspace(-40, 40, 1_000_001, dtype=torch.float64)[:, None]
+    mean = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    log_prob = ClippedGaussianPolicy(mean, std, tail=tail).log_prob(action)
+    assert torch.trapezoid(log_prob.exp(), action[:, 0]).item() == pytest.approx(1, abs=1e-6)
+    off = action[:, 0] / std
+    expected = torch.where(off.abs() < tail, -0.5 * off**2, -tail * (off.abs() - 0.5 * tail))
+    torch.testing.assert_close(log_prob - log_prob.max(), expected)
+    ClippedGaussianPolicy(mean, std, tail=tail).log_prob(torch.tensor([[5.0]])).sum().backward()
+    assert mean.grad.item() == pytest.approx(tail / std)
+
+
 def test_best_of_takes_the_sample_of_highest_value():
     torch.manual_seed(0)
     policy = ClippedGaussianPolicy(torch.zeros(6, 2), 0.2)
