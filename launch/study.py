@@ -21,8 +21,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from callbacks.resumption import Resumption
 from callbacks.run_log import CLOCKS, read_rows
+from components.networks.states import words
 from components.structure import check_structure
 from components.wording import counted
+from datamodules.behaviours.trained import POLICY_SUFFIX, policy_weights
 from launch.arms import Run, arms_of, replaced, run_configs, runs_of
 from launch.checkpoints import LAST, load_checkpoint
 from launch.errors import Stopped
@@ -242,17 +244,17 @@ def _begin(module: L.LightningModule, config: DictConfig) -> str:
         FileNotFoundError, ValueError: `init_from` or `init_parts` names what is not there or does not fit.
     """
     path = only_checkpoint(config.init_from, "init_from")
-    saved = load_checkpoint(path, "init_from")
+    of_policy = path.suffix == POLICY_SUFFIX
+    saved = {"state_dict": policy_weights(path, module)} if of_policy else load_checkpoint(path, "init_from")
+    parts = config.init_parts or (words(saved["state_dict"]) if of_policy else None)
     try:
-        found = module.begin_from(saved, config.init_parts)
+        found = module.begin_from(saved, parts)
     except ValueError as error:
         where = "" if str(error).startswith("init_parts=") else f"init_from={path}: "
         raise ValueError(f"{where}{error}") from error
     named = "; ".join(f"{what}: {', '.join(names) or 'nothing'}" for what, names in found.items())
-    updates = saved["learning_method"]["updates"]
-    return (
-        f"no resumption, but a new run that begins with weights of {path} after {counted(updates, 'update')} ({named})."
-    )
+    after = "" if of_policy else f" after {counted(saved['learning_method']['updates'], 'update')}"
+    return f"no resumption, but a new run that begins with weights of {path}{after} ({named})."
 
 
 def _check(checkpoint: Path, module: L.LightningModule, datamodule: L.LightningDataModule) -> dict[str, Any]:

@@ -30,6 +30,7 @@ _KINDS: dict[str, tuple[type[Actor], tuple[str, ...]]] = {
 }
 """Actors that files know, and the settings that their weights do not tell."""
 _REFLECTIONS = ("inputs", "outputs")
+POLICY_SUFFIX = ".safetensors"
 
 
 def save_policy(policy: nn.Module, path: str | Path, told: Mapping[str, Any] | None = None) -> None:
@@ -76,6 +77,23 @@ def policy_settings(path: str | Path) -> dict[str, Any]:
     if not isinstance(told, dict):
         raise ValueError(f"{path}: expected what its policy was told as a mapping in JSON, found something else.")
     return told
+
+
+def policy_weights(path: str | Path, method: nn.Module) -> dict[str, Tensor]:
+    """The weights of a file that `save_policy` wrote, by the names that a learning method has for those of its policy.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or of another policy than the method's, if that has one.
+    """
+    state, _ = _read(path)
+    policy = method.policy(exploring=True).module if hasattr(method, "policy") else nn.Module()
+    places = {id(tensor): name for name, tensor in method.state_dict(keep_vars=True).items()}
+    own = {name: places[id(tensor)] for name, tensor in policy.state_dict(keep_vars=True).items()}
+    if odd := sorted(set(state) ^ set(own)):
+        name = type(method).__name__
+        raise ValueError(f"{path}: expected the weights of a policy such as {name}'s, found another: {odd[0]}.")
+    return {own[name]: value for name, value in state.items()}
 
 
 def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from datamodules.behaviours.trained import BEHAVIOURS
 from launch.checkpoints import load_checkpoint
 
 STILL = ("module.learning_rate=0", "module.backward_learning_rate=0", "module.actor_learning_rate=0")
@@ -69,6 +70,7 @@ def test_an_arm_begins_with_the_weights_of_an_earlier_one_of_its_study(program, 
         (["init_from=nowhere"], r"init_from=nowhere: expected a checkpoint or a folder with one, found none"),
         (["init_from={two}"], r"init_from=\S+/two: expected one checkpoint, found 2; name one, such as \S+last\.ckpt"),
         (["init_from={text}"], r"init_from=\S+/text: expected a whole checkpoint, found"),
+        ([f"init_from={BEHAVIOURS}/walker/run_late.safetensors"], r"run_late\.safetensors: expected the weights of a "),
     ],
 )
 def test_what_can_not_be_taken_is_one_sentence(program, one_arm, source, tmp_path, arguments, message):

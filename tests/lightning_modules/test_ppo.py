@@ -12,6 +12,7 @@ from components.control.actors import NormalActor
 from components.control.normalisation import ObservationNormaliser, RewardNormaliser
 from components.control.on_policy import generalised_advantages
 from components.networks.ensemble import EnsembleMLP
+from datamodules.behaviours.trained import policy_weights, save_policy
 from lightning_modules.ppo import ProximalPolicyOptimisation
 
 NETWORK = partial(EnsembleMLP, hidden_dim=16, activation="tanh")
@@ -132,6 +133,29 @@ def test_rewards_are_carried_over_from_rollout_to_rollout():
     own, _ = copy.deepcopy(method).prepare(rollout(seed=2), carried)
     other, _ = method.prepare(rollout(seed=2), torch.zeros(4))
     assert not torch.allclose(own["advantage"], other["advantage"])
+
+
+def test_one_begins_with_the_policy_of_a_file(tmp_path):
+    done, other = (make(normaliser=ObservationNormaliser) for _ in range(2))
+    done.normaliser.merge(torch.randn(50, 3))
+    with torch.no_grad():
+        for parameter in done.parameters():
+            parameter.add_(0.1)
+    save_policy(done.policy(exploring=True).module, tmp_path / "a.safetensors")
+    weights = {"state_dict": policy_weights(tmp_path / "a.safetensors", other)}
+    assert other.begin_from(weights, ["actor", "normaliser"]) == {
+        "taken": ["actor", "normaliser"],
+        "left": ["value"],
+        "unused": [],
+    }
+    observation = TensorDict({"observation": torch.randn(5, 3)}, [5])
+    assert torch.equal(other.policy()(observation.clone())["action"], done.policy()(observation)["action"])
+    with pytest.raises(
+        ValueError, match=r"a\.safetensors: expected the weights of a policy such as .*, found another:"
+    ):
+        policy_weights(tmp_path / "a.safetensors", make())
+    with pytest.raises(ValueError, match=r"expected the weights of a policy such as Linear's, found another"):
+        policy_weights(tmp_path / "a.safetensors", torch.nn.Linear(2, 2))
 
 
 def test_the_best_action_of_a_bandit_is_found():
