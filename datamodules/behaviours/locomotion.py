@@ -256,7 +256,7 @@ SKILLS = {
     "backward": Skill("backward_late", ((-0.5, -0.5), _NONE, _NONE), 0.2),
 }
 """What rows of `LocomotionBehaviours` choose from."""
-RISING = Skill("get_up_late", (_NONE, _NONE, _NONE), 0.0)
+RISING = Skill("get_up_middle", (_NONE, _NONE, _NONE), 0.0)
 """What rows that lie follow, and those that stay where they have got up."""
 LOCOMOTION_SOURCES = ("walk", "rise")
 
