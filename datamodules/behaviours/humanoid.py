@@ -308,7 +308,9 @@ class HumanoidBehaviours:
         knots, times = [place], [0.0]
         while times[-1] < steps:
             knots.append(place)
-            times.append(times[-1] + rng.uniform(0.25, 2.5) / CONTROL_SECONDS)
+            # Where many behaviours begin, to stay hides which one does; rows that hold show how to stand.
+            stay = (0.0, 0.1) if place == 0 else (0.25, 2.5)
+            times.append(times[-1] + rng.uniform(*stay) / CONTROL_SECONDS)
             if place == 0:  # half of the moves go to a posture with a name
                 first, last = (1, repertoire.named) if rng.random() < 0.5 else (repertoire.named, repertoire.keys)
                 target = int(rng.integers(first, last))

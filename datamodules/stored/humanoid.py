@@ -76,7 +76,7 @@ def humanoid_dataset(
 
     recipe = {
         "domain": "humanoid",
-        "version": 8,  # to be raised when the same settings make other data
+        "version": 9,  # to be raised when the same settings make other data
         "seed": seed,
         "shards": shards,
         "rows": rows,
