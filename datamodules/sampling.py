@@ -83,18 +83,22 @@ class Futures:
     Attributes:
         next_observation: of all transitions, [n, O].
         last: the last transition of each one's episode, int64 [n].
-        states, discount: see `LearningMethod.futures`.
+        states, discount, delay: see `LearningMethod.futures`.
     """
 
     next_observation: Tensor
     last: Tensor
     states: int
     discount: float
+    delay: int = 0
 
     def draw(self, index: Tensor, generator: torch.Generator) -> Tensor:
         """Next observations [..., K, O] of transitions that are not before those of `index` [...]."""
         chance = torch.rand(*index.shape, self.states, generator=generator, dtype=torch.float64)
         later = (torch.log1p(-chance) / math.log(max(self.discount, 1e-300))).long()  # geometric, from 0 on
+        if self.delay:
+            share = torch.rand(*index.shape, 1, generator=generator, dtype=torch.float64)
+            later = later + (share * math.log(self.delay + 2)).exp().long() - 1
         last = self.last[index].unsqueeze(-1)
         return self.next_observation[torch.minimum(index.unsqueeze(-1) + _sent(later, index.device), last)]
 

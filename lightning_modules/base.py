@@ -241,10 +241,12 @@ class LearningMethod(L.LightningModule, ABC):
     """Whether batches have to hold the action that the data have next, `("next", "data_action")` [B, A], NaN where an
     episode ends; of a datamodule that `knows_next_actions`."""
 
-    futures: tuple[int, float] | None = None
-    """How many states K that follow in the same episode batches have to hold for each row, and a discount: each is k
-    steps after the next with probability (1 - discount) discount^k, or the episode's last where that ends before. They
-    are `("next", "future")` [B, K, O]; of a datamodule that `knows_futures`. None for nothing."""
+    futures: tuple[int, float, int] | None = None
+    """How many states K that follow in the same episode batches have to hold for each row, a discount and a delay: each
+    is d + k steps after the next, or the episode's last where that ends before. k has probability
+    (1 - discount) discount^k; the K of a row share d, from 0 to the delay, whose probability goes with
+    log((d + 2) / (d + 1)), so that it is of any order alike. They are `("next", "future")` [B, K, O]; of a datamodule
+    that `knows_futures`. None for nothing."""
 
     def take_priorities(self) -> tuple[Tensor, Tensor] | None:
         """Indices [B] and logits [B] that the last update gave, once; None where there are none."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from components.checks import (
     Count,
+    CountOrZero,
     LearningRate,
     Momentum,
     NonNegative,
@@ -69,7 +70,8 @@ class ForwardBackward(LearningMethod):
         goal_probability: share of training task vectors that encode goals of the batch.
         hindsight_probability: share of those that encode what followed a row in the data; the rest are uniform.
         hindsight_states: states that are drawn from what followed, which the task vector is the mean of.
-        hindsight_discount: of how much later they are: k steps with probability (1 - discount) discount^k.
+        hindsight_discount: of how much later they are: k steps with probability (1 - discount) discount^k,
+        hindsight_delay: from a moment on that is up to so many steps later, see `LearningMethod.futures`.
         goal_key: ``next_observation`` or ``observation``, where goals are taken from.
         groups: distinct task vectors in a batch for several blocks; one block always has one for each row.
         within_groups: compare rows with the next states of their own group only.
@@ -109,6 +111,7 @@ class ForwardBackward(LearningMethod):
         hindsight_probability: Share = 0.0,
         hindsight_states: Size = 8,
         hindsight_discount: Momentum = 0.98,
+        hindsight_delay: CountOrZero = 0,
         goal_key: str = "next_observation",
         groups: Size = 32,
         within_groups: bool = False,
@@ -155,7 +158,7 @@ class ForwardBackward(LearningMethod):
         self.objective = objective
         self.latent_sampler = MixedLatentSampler(goal_probability, hindsight_probability)
         if hindsight_probability:
-            self.futures = (hindsight_states, hindsight_discount)
+            self.futures = (hindsight_states, hindsight_discount, hindsight_delay)
         self.normaliser = (
             nn.BatchNorm1d(observation_dim, affine=False, momentum=0.01) if normalise_observations else None
         )

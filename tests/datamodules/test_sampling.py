@@ -22,6 +22,18 @@ def test_futures_are_geometrically_later_and_end_with_the_episode():
     assert abs((later == 0).float().mean() - 0.1) < 0.02
 
 
+def test_futures_share_a_delay_of_any_order():
+    index = torch.full((20_000,), 6)
+    drawn = Futures(PLACE, LAST, 2, 0.0, delay=7).draw(index, torch.Generator().manual_seed(0))[..., 0] - 6
+    assert (drawn[:, 0] == drawn[:, 1]).all()
+    shares = torch.bincount(drawn[:, 0].long(), minlength=8) / len(index)
+    steps = torch.arange(8.0)
+    expected = ((steps + 2) / (steps + 1)).log() / torch.tensor(9.0).log()
+    torch.testing.assert_close(shares, expected, atol=0.02, rtol=0)
+    later = Futures(PLACE, LAST, 1, 0.5, delay=7).draw(index, torch.Generator().manual_seed(0))[..., 0] - 6
+    assert abs(later.mean() - drawn.mean() - 1) < 0.1  # discount / (1 - discount) more
+
+
 def test_no_discount_is_the_very_next_state():
     index = torch.arange(len(LAST))
     drawn = Futures(PLACE, LAST, 3, 0.0).draw(index, torch.Generator().manual_seed(0))

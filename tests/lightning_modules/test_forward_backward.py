@@ -226,7 +226,7 @@ def test_futures_are_normalised_as_observations_are(small_agent, transitions):
     batch["next", "future"][:, 0] = batch["observation"]
     rows = agent._rows(batch)
     torch.testing.assert_close(rows[-1][:, 0], rows[0])
-    assert agent.futures == (8, 0.98)
+    assert agent.futures == (8, 0.98, 0)
     assert small_agent().futures is None
 
 

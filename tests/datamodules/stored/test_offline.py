@@ -325,7 +325,7 @@ def test_evaluations_and_batches_have_the_futures_that_are_asked_for():
     module = datamodule(None)
     module.setup("fit")
     method = SimpleNamespace(
-        next_data_actions=False, futures=(3, 0.9), prioritised=None, device="cpu", updates=0, total_updates=4
+        next_data_actions=False, futures=(3, 0.9, 5), prioritised=None, device="cpu", updates=0, total_updates=4
     )
     module.trainer = SimpleNamespace(lightning_module=method)
     (task,) = module.val_dataloader()
