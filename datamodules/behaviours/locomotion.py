@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from components.buildable import buildable
 from components.checks import Count, NonNegative, Positive, Size, checked
 from components.files import check_file
-from datamodules.behaviours.balance import CONTROL_SECONDS, NQ, BalancedPose, Body, Posture, balance
+from datamodules.behaviours.balance import (
+    CONTROL_SECONDS,
+    NQ,
+    BalancedPose,
+    Body,
+    Posture,
+    balance,
+    tangent_difference,
+)
 from datamodules.behaviours.humanoid import SOURCES, STAND, Episodes, _disturbed
 from datamodules.behaviours.trained import BEHAVIOURS, load_policy, policy_settings
 from datamodules.environments.batched_mujoco import BatchedMujocoEnv
@@ -74,6 +82,59 @@ def start_standing(
 ) -> np.ndarray:
     """The stance, with normal noise on the angles of joints (rad) and on all velocities."""
     return _disturbed(np.tile(stance().qpos, (rows, 1)), noise, noise, generator)
+
+
+class StandingController(nn.Module):
+    """Stands in balance where rows are, whatever they did before: the controller of the stance, in their own frames.
+
+    In a row's frame it heads where the stance does, and has the middle of its feet where that has it, at the control
+    step at which it begins to stand. Frames, and who stands, are in `state_dict()`.
+    """
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        pose, self.body = stance(), Body()
+        for name in ("qpos", "control", "gain"):
+            self.register_buffer(name, torch.from_numpy(getattr(pose, name)), persistent=False)
+        self.feet = self._feet(pose.qpos)
+        self.register_buffer("standing", torch.zeros(rows, dtype=torch.bool))
+        self.register_buffer("turn", torch.zeros(rows, dtype=torch.float64))
+        self.register_buffer("shift", torch.zeros(rows, 2, dtype=torch.float64))
+
+    def _feet(self, qpos: np.ndarray) -> Tensor:
+        """Where the middle of the feet is on the floor, [2]."""
+        found = self.body.place(qpos).xpos[[self.body.left_foot, self.body.right_foot], :2]
+        return torch.from_numpy(found.mean(0))
+
+    def forward(self, physics: Tensor, stands: Tensor) -> Tensor:
+        """Controls [N, 21] of physics [N, 55], of use for rows that stand [N]; called once per control step."""
+        for row in (stands & ~self.standing).nonzero()[:, 0].tolist():
+            own = physics[row]
+            self.turn[row] = _heading(self.qpos) - _heading(own)
+            self.shift[row] = self.feet - _turned(self._feet(own[:NQ].numpy()), self.turn[row])
+        self.standing = stands.clone()
+        half, nothing = self.turn / 2, torch.zeros_like(self.turn)
+        w, v = physics[:, 3], physics[:, 4:7]
+        about = torch.stack([nothing, nothing, half.sin()], 1)
+        framed = physics.clone()
+        framed[:, :2] = _turned(physics[:, :2], self.turn) + self.shift
+        framed[:, 3] = half.cos() * w - (about * v).sum(1)
+        framed[:, 4:7] = half.cos()[:, None] * v + w[:, None] * about + torch.linalg.cross(about, v)
+        framed[:, NQ : NQ + 2] = _turned(physics[:, NQ : NQ + 2], self.turn)  # turning is told in the body's own axes
+        off = torch.cat([tangent_difference(framed[:, :NQ], self.qpos.expand(len(physics), -1)), framed[:, NQ:]], 1)
+        return (self.control - off @ self.gain.T).clamp(-1, 1)
+
+
+def _heading(qpos: Tensor) -> Tensor:
+    """Direction of the trunk about the vertical (rad)."""
+    w, x, y, z = qpos[3:7]
+    return torch.atan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
+
+
+def _turned(vectors: Tensor, angle: Tensor) -> Tensor:
+    """Vectors [..., 2] turned to the left by angles [...] (rad)."""
+    (x, y), cos, sin = vectors.unbind(-1), angle.cos(), angle.sin()
+    return torch.stack([cos * x - sin * y, sin * x + cos * y], -1)
 
 
 CROUCHES = (Posture(head_height=1.05, pitch=0.2), Posture(head_height=1.15, pitch=0.1), Posture(head_height=1.27))
@@ -135,11 +196,11 @@ class Itinerary:
     `times[i, s]` on.
 
     Attributes:
-        skills: indices [N, S].
+        skills: indices [N, S], of policies; -1 is to stand in balance.
         commands: forward (m/s), leftward (m/s), turn (rad/s) [N, S, 3].
         times: ascending control steps [N, S], the first 0.
         noise: standard deviation of the control noise in bursts [N].
-        rises: which rows follow the skill `riser` whenever they lie, until they stand [N], bool.
+        rises: which rows follow the skill `riser` whenever they are down, until they stand [N], bool.
     """
 
     skills: Tensor
@@ -164,8 +225,9 @@ class LocomotionController(nn.Module):
         bursts: see `BalanceController`.
     """
 
-    LYING, STANDING, STEADY = 0.9, 1.3, 30
-    """Height of the head (m) below which a row lies, above which it stands again, and control steps of the latter."""
+    LYING, TILTED, STANDING, STEADY = 0.9, 0.5, 1.3, 30
+    """Height of the head (m) and vertical part of the trunk's axis below which a row is down, height of the head (m)
+    above which it stands again, and control steps of the latter."""
 
     def __init__(
         self,
@@ -178,7 +240,7 @@ class LocomotionController(nn.Module):
     ) -> None:
         super().__init__()
         self.policies = nn.ModuleList(load_policy(path, "act") for path in paths)
-        self.targets = HumanoidTargets()
+        self.targets, self.stander = HumanoidTargets(), StandingController(len(itinerary.skills))
         self.riser, self.bursts = riser, bursts
         settings = [policy_settings(path) for path in paths]
         for number, told in enumerate(settings):
@@ -187,7 +249,7 @@ class LocomotionController(nn.Module):
         cadences = [told["cadence"] for told in settings]
         self.register_buffer("clocked", torch.tensor([own is not None for own in cadences]), persistent=False)
         self.register_buffer("cadences", torch.tensor([own or [0.0] * 4 for own in cadences]), persistent=False)
-        self.head = columns["head_height"].start
+        self.head, self.upright = columns["head_height"].start, columns["torso_upright"].start
         for name in ("skills", "commands", "times", "noise", "rises"):
             self.register_buffer(name, getattr(itinerary, name), persistent=False)
         rows = len(itinerary.skills)
@@ -206,18 +268,19 @@ class LocomotionController(nn.Module):
         """Restores the random state."""
         self.generator.set_state(state.cpu())
 
-    def _now(self, head: Tensor) -> tuple[Tensor, Tensor]:
+    def _now(self, head: Tensor, upright: Tensor) -> tuple[Tensor, Tensor]:
         """Skill [N] and command [N, 3] of each row at this control step."""
         place = ((self.times <= self.clock).sum(1, keepdim=True) - 1).clamp(min=0)
         skill = self.skills.gather(1, place)[:, 0]
         command = self.commands.gather(1, place[..., None].expand(-1, -1, 3))[:, 0]
         self.steady = torch.where(head > self.STANDING, self.steady + 1, 0)
-        self.rising = self.rises & torch.where(self.rising, self.steady < self.STEADY, head < self.LYING)
+        down = (head < self.LYING) | (upright < self.TILTED)
+        self.rising = self.rises & torch.where(self.rising, self.steady < self.STEADY, down)
         return torch.where(self.rising, self.riser, skill), command * ~self.rising[:, None]
 
     def forward(self, physics: Tensor, measurements: Tensor) -> Tensor:
         """Actions [N, 21] (float32) for physics [N, 55] (float64) and measurements [N, M]; counts a control step."""
-        skill, command = self._now(measurements[:, self.head])
+        skill, command = self._now(measurements[:, self.head], measurements[:, self.upright])
         clock = torch.cat([self.phase.sin(), self.phase.cos()], 1) * self.clocked[skill, None]
         told = torch.cat([command, clock], 1)
         action = torch.zeros(len(physics), len(self.targets.rest))
@@ -232,7 +295,9 @@ class LocomotionController(nn.Module):
         active = (self.clock + self.burst) % self.bursts[1] < self.bursts[0]
         noise = torch.randn(action.shape, generator=self.generator) * self.noise[:, None] * active
         self.clock = self.clock + 1
-        return (self.targets(physics, action) + noise).clamp(-1, 1)
+        stands = (skill < 0)[:, None]
+        control = torch.where(stands, self.stander(physics, stands[:, 0]).float(), self.targets(physics, action))
+        return (control + noise).clamp(-1, 1)
 
 
 @dataclass(frozen=True)
@@ -256,8 +321,8 @@ SKILLS = {
     "backward": Skill("backward_late", ((-0.5, -0.5), _NONE, _NONE), 0.2),
 }
 """What rows of `LocomotionBehaviours` choose from."""
-RISING = Skill("get_up_middle", (_NONE, _NONE, _NONE), 0.0)
-"""What rows that lie follow, and those that stay where they have got up."""
+RISING = "get_up_middle"
+"""The policy that rows follow that are down."""
 LOCOMOTION_SOURCES = ("walk", "rise")
 
 
@@ -271,8 +336,8 @@ class LocomotionBehaviours:
     """Draws episodes in which shipped policies walk and get up, after itineraries of their own.
 
     `walk` begins standing and changes between `SKILLS`; `rise` begins in the suite's own reset or lying on the floor,
-    gets up, and then stays or goes on as the others. With rows that rise, half of those that walk get up too when they
-    have fallen.
+    gets up, and then stands in balance or goes on as the others. With rows that rise, half of those that walk get up
+    too when they have fallen.
 
     Args:
         shares: how many of the rows belong to each of `LOCOMOTION_SOURCES`, in proportion.
@@ -293,7 +358,7 @@ class LocomotionBehaviours:
             raise ValueError(f"shares={dict(self.shares)}: expected some of {', '.join(LOCOMOTION_SOURCES)}.")
         self.max_noise, self.bursts, self.seconds = max_noise, bursts, seconds
         rises = [RISING] if self.shares.get("rise") else []
-        self.policies = list(dict.fromkeys(skill.policy for skill in (*SKILLS.values(), *rises)))
+        self.policies = list(dict.fromkeys([*(skill.policy for skill in SKILLS.values()), *rises]))
         self.paths = [BEHAVIOURS / "humanoid" / f"{name}.safetensors" for name in self.policies]
         for path in self.paths:
             check_file(path, "a policy that ships with the project")
@@ -337,12 +402,13 @@ class LocomotionBehaviours:
         self, walks: bool, steps: int, rng: np.random.Generator
     ) -> list[tuple[int, tuple[float, float, float], int]]:
         """Skill, command and beginning of each part."""
+        if not walks and rng.random() < 0.5:
+            return [(-1, (0.0, 0.0, 0.0), 0)]
         names = list(SKILLS)
         weights = np.array([skill.weight for skill in SKILLS.values()])
         plan, begins = [], 0
-        stays = not walks and rng.random() < 0.4
         while begins < steps:
-            skill = RISING if stays else SKILLS[names[rng.choice(len(names), p=weights / weights.sum())]]
+            skill = SKILLS[names[rng.choice(len(names), p=weights / weights.sum())]]
             command = tuple(float(rng.uniform(*span)) for span in skill.spans)
             plan.append((self.policies.index(skill.policy), command, begins))
             begins += round(rng.uniform(*self.seconds) / CONTROL_SECONDS)

@@ -10,12 +10,13 @@ from components.control.actors import ActorPolicy, NormalActor
 from components.control.normalisation import ObservationNormaliser
 from components.networks.encoders import FlatObservations
 from components.networks.ensemble import EnsembleMLP
-from datamodules.behaviours.balance import Body
+from datamodules.behaviours.balance import NQ, BalanceController, Body
 from datamodules.behaviours.locomotion import (
     HumanoidTargets,
     Itinerary,
     LocomotionBehaviours,
     LocomotionController,
+    StandingController,
     stance,
     start_anywhere,
     start_standing,
@@ -145,23 +146,80 @@ def test_rows_follow_their_itineraries_and_get_up_when_they_lie(skills):
 
     def now(*heights):
         measured = state["measurements"].clone()
-        measured[:, head] = torch.tensor(heights)
+        measured[:, head], measured[:, env.columns["torso_upright"].start] = torch.tensor(heights), 1.0
         drives(state["physics"], measured)
         return drives.rising.tolist()
 
-    place = [drives._now(torch.full((2,), 1.4))[0].tolist() for drives.clock in torch.arange(4)]
+    place = [drives._now(torch.full((2,), 1.4), torch.ones(2))[0].tolist() for drives.clock in torch.arange(4)]
     assert place == [[0, 0], [0, 0], [1, 0], [1, 0]]
     drives.steady.zero_()
     assert now(1.4, 0.8) == [False, True]
     assert now(1.4, 1.2) == [False, True]
-    skill, command = drives._now(torch.tensor([1.4, 1.2]))
+    skill, command = drives._now(torch.tensor([1.4, 1.2]), torch.ones(2))
     assert skill.tolist()[1] == 1
     assert command[:, 0].tolist() == [1.0, 0.0]
     for _ in range(drives.STEADY - 1):
         assert now(1.4, 1.4) == [False, True]
     assert now(1.4, 1.4) == [False, False]
     stays = controller(skills, env, [[0]], [[0]])
-    assert stays._now(torch.tensor([0.1]))[0].tolist() == [0]
+    assert stays._now(torch.tensor([0.1]), torch.zeros(1))[0].tolist() == [0]
+    dropped = controller(skills, env, [[0]], [[0]], rises=True)
+    assert dropped._now(torch.tensor([1.5]), torch.tensor([0.2]))[0].tolist() == [1]
+
+
+def standing(rows, joints=0.0):
+    generator = torch.Generator().manual_seed(0)
+    physics = torch.from_numpy(np.tile(np.concatenate([stance().qpos, np.zeros(27)]), (rows, 1)))
+    physics[:, 7:NQ] += joints * torch.randn(rows, NQ - 7, generator=generator, dtype=torch.float64)
+    physics[:, NQ:] = 0.1 * torch.randn(rows, 27, generator=generator, dtype=torch.float64)
+    return physics
+
+
+def test_to_stand_in_balance_is_what_the_stance_does_and_comes_back_to_where_it_began():
+    still = torch.zeros(3)
+    plain = BalanceController([stance()], torch.zeros(3, 2), torch.tensor([[0.0, 1.0]] * 3), still, still, 0)
+    controller, everyone = StandingController(3), torch.ones(3, dtype=torch.bool)
+    physics = standing(3)
+    torch.testing.assert_close(controller(physics, everyone).float(), plain(physics))
+    physics[:, :2] += torch.tensor([[0.01, 0.0], [0.0, 0.02], [-0.01, 0.01]])
+    torch.testing.assert_close(controller(physics, everyone).float(), plain(physics))
+    resumed = StandingController(3)
+    resumed.load_state_dict(controller.state_dict())
+    assert torch.equal(resumed(physics, everyone), controller(physics, everyone))
+    began_here = StandingController(3)(physics, everyone)
+    assert not torch.allclose(began_here, controller(physics, everyone))
+    controller(physics, ~everyone)  # whoever stopped begins anew
+    torch.testing.assert_close(controller(physics, everyone), began_here)
+
+
+def test_to_stand_in_balance_does_not_depend_on_place_and_heading():
+    physics = standing(3, joints=0.05)
+    elsewhere, angle = physics.clone(), torch.tensor([0.5, 3.0, -2.0], dtype=torch.float64)
+    cos, sin, half = angle.cos(), angle.sin(), angle / 2
+    for x in (0, NQ):  # place and velocity
+        elsewhere[:, x] = cos * physics[:, x] - sin * physics[:, x + 1]
+        elsewhere[:, x + 1] = sin * physics[:, x] + cos * physics[:, x + 1]
+    elsewhere[:, :2] += torch.tensor([3.0, -1.0])
+    w, x, y, z = physics[:, 3:7].unbind(1)
+    c, s = half.cos(), half.sin()
+    elsewhere[:, 3:7] = torch.stack([c * w - s * z, c * x - s * y, c * y + s * x, c * z + s * w], 1)
+    everyone = torch.ones(3, dtype=torch.bool)
+    torch.testing.assert_close(StandingController(3)(elsewhere, everyone), StandingController(3)(physics, everyone))
+
+
+def test_who_has_got_up_stands_in_balance():
+    """Of rows that rise and then stay, nearly all stand in the end, driven by the stance's controller."""
+    episodes = LocomotionBehaviours({"rise": 1.0}, 0.3).episodes(24, 0, 400)
+    starts = episodes.physics.numpy()
+    env = BatchedMujocoEnv("humanoid", num_envs=24, start=lambda *_: starts)
+    state = env.reset()
+    for _ in range(400):
+        state = env.step(episodes.policy(state))["next"]
+    stands = episodes.policy.module.stander.standing
+    assert 6 <= stands.sum() <= 18
+    measured = env.named(state["measurements"])
+    tall = (measured["head_height"] > 1.3) & (measured["torso_upright"] > 0.9)
+    assert tall[stands].float().mean() > 0.8
 
 
 def test_noise_comes_in_bursts_and_goes_on_where_it_was(skills):
