@@ -317,11 +317,12 @@ class Skill:
 
 _NONE = (0.0, 0.0)
 SKILLS = {
-    "walk": Skill("walk_late", ((1.0, 1.0), _NONE, _NONE), 0.8),
-    "backward": Skill("backward_late", ((-0.5, -0.5), _NONE, _NONE), 0.2),
+    "walk": Skill("walk_late", ((1.0, 1.0), _NONE, _NONE), 0.6),
+    "backward": Skill("backward_late", ((-0.5, -0.5), _NONE, _NONE), 0.15),
+    "run": Skill("run_late", ((3.0, 3.5), _NONE, _NONE), 0.25),
 }
 """What rows of `LocomotionBehaviours` choose from."""
-RISING = "get_up_middle"
+RISING = "get_up_late"
 """The policy that rows follow that are down."""
 LOCOMOTION_SOURCES = ("walk", "rise")
 

@@ -296,7 +296,7 @@ def test_shipped_skills_go_where_they_are_told():
 
 def test_the_shipped_riser_gets_up_and_stays():
     """Of those that lie or are dropped, most stand after ten seconds."""
-    path = BEHAVIOURS / "humanoid" / "get_up_middle.safetensors"
+    path = BEHAVIOURS / "humanoid" / "get_up_late.safetensors"
     start = partial(start_anywhere, shares={"reset": 0.5, "lying": 0.5})
     env = BatchedMujocoEnv("humanoid", num_envs=24, start=start, seed=0)
     state = env.reset()

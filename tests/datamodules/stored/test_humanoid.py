@@ -37,7 +37,7 @@ def test_data_of_more_and_of_less_are_composed_by_their_names():
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         walks, rises, balances = (
             compose("train", ["experiment=fb_humanoid", *more]).datamodule.dataset
-            for more in ([], ["datamodule/dataset=humanoid_rising"], ["datamodule/dataset=humanoid_balance"])
+            for more in ([], ["datamodule/dataset=humanoid_balance"])
         )
     assert set(balances.shares) == {"hold", "move", "explore_upright", "explore_floor"}
     assert set(walks.shares) == {*balances.shares, "walk"}
