@@ -68,7 +68,7 @@ def _standing_position() -> np.ndarray:
 def upright_start(simulator: Simulator, rows: int, generator: torch.Generator) -> np.ndarray:
     """Episode starts [N, 55]: standing in balance, joints (rad) and velocities disturbed by 0.015.
 
-    The protocol for tasks that begin on the feet; nobody gets up from the floor in these data.
+    For tasks that begin on the feet.
     """
     return _disturbed(np.tile(_standing_position(), (rows, 1)), 0.015, 0.015, generator)
 
